@@ -1,0 +1,22 @@
+"""Backbones through timm, without a classifier, from random weights."""
+
+import timm
+
+
+def build_backbone(name, image_size, patch_size=None):
+    """name: resnet18 | vit_tiny; image_size: pixels. Returns (module, D): (B, 3, S, S) -> (B, D).
+
+    resnet18: stock stem, global average, D = 512, torchvision's initialisation, as the study (timm
+    alone would zero the last BatchNorm of each block). vit_tiny: 12 layers of width D = 192 with 3
+    heads; the feature is the class token after the final norm; image_size is a multiple of
+    patch_size.
+    """
+    if name == "resnet18":
+        module = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
+    elif name == "vit_tiny":
+        module = timm.create_model(
+            "vit_tiny_patch16_224", num_classes=0, img_size=image_size, patch_size=patch_size
+        )
+    else:
+        raise ValueError(f"backbone {name!r} is neither resnet18 nor vit_tiny")
+    return module, module.num_features

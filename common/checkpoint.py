@@ -1,0 +1,149 @@
+"""Save so that a crash at any moment leaves a whole checkpoint, and load only what is whole.
+
+A file is the sha256 (32 bytes) of what follows, then `torch.save` bytes of plain types and tensors;
+it is read with weights_only=True, so a foreign file cannot run code. last.pt is the newest,
+prev.pt the one before.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.probe import LinearProbe, RunningScores
+
+FORMAT = 1
+LAST, PREVIOUS = "last.pt", "prev.pt"
+
+
+@dataclass
+class TrainState:
+    """Everything that a run changes while it trains."""
+
+    model: nn.Module  # bare: not the DistributedDataParallel around it
+    optimizer: torch.optim.Optimizer
+    probe: LinearProbe
+    scaler: torch.amp.GradScaler
+    scores: RunningScores = field(default_factory=RunningScores)  # of the current epoch
+    loss_sum: float | torch.Tensor = 0.0  # over the current epoch's steps, mean over ranks
+    train_scores: dict | None = None  # of the last whole epoch
+
+    def capture(self):
+        """The state as plain types and tensors. All ranks call it (scores are gathered)."""
+        rows, logits = self.scores.gather()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "probe": self.probe.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scores": {"rows": rows, "logits": logits},
+            "loss_sum": float(self.loss_sum),
+            "train_scores": self.train_scores,
+        }
+
+    def restore(self, saved, is_first_rank):
+        """Take up what `capture` returned."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.probe.load_state_dict(saved["probe"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.scores.restore(**saved["scores"], is_first_rank=is_first_rank)
+        self.loss_sum = saved["loss_sum"]
+        self.train_scores = saved["train_scores"]
+
+
+def _check_finite(model_state):
+    for name, tensor in model_state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"model: {name} holds values that are not finite, so it is not saved; the last "
+                "checkpoint stays. Lower optimization.lr, or use optimization.precision=bf16"
+            )
+
+
+def save_checkpoint(folder, content):
+    """content: dict of plain types and tensors, with the model under "model".
+
+    Writes a temporary file, syncs it, links last.pt to prev.pt and replaces last.pt. Raises OSError
+    where the disk fails, and leaves the last checkpoint whole.
+    """
+    _check_finite(content["model"])
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    data = buffer.getbuffer()
+    folder = Path(folder)
+    new, link = folder / (LAST + ".new"), folder / (PREVIOUS + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(hashlib.sha256(data).digest())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if (folder / LAST).exists():
+            link.unlink(missing_ok=True)
+            os.link(folder / LAST, link)
+            os.replace(link, folder / PREVIOUS)
+        os.replace(new, folder / LAST)
+        sync_folder(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder):
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path):
+    """One checkpoint file -> its content, tensors on CPU. Raises UserError naming the file."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise UserError(f"{path}: damaged, or no checkpoint (its checksum does not fit)")
+    try:
+        content = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError
+    except Exception as error:
+        raise UserError(f"{path}: no checkpoint of ours ({type(error).__name__})") from None
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")
+    return content
+
+
+def load_checkpoint(folder, warn):
+    """The newest whole checkpoint of a folder, or None where there is none at all.
+
+    warn: called with a sentence where last.pt cannot be used and prev.pt is taken. Raises UserError
+    where there are files but none can be used: a run never starts afresh over them.
+    """
+    problems = []
+    for name in (LAST, PREVIOUS):
+        path = Path(folder) / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warn(f"{problems[0]}; going on from {path}")
+        return content
+    if problems:
+        raise UserError("\n".join([*problems, "delete these files to start this run afresh"]))
+    return None

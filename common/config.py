@@ -1,0 +1,184 @@
+"""The config sections that all methods share, and how a config is loaded, named and compared."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from common.errors import ConfigError
+from common.schema import Range, build, parse_yaml, read_yaml
+
+Count = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Proportion = Annotated[float, Range(0, 1)]
+InnerProportion = Annotated[float, Range(0, 1, open=True)]
+Share = Annotated[float, Range(1e-6, 1)]  # of something that must not be empty
+Momentum = Annotated[float, Range(0, 0.9999)]
+
+
+@dataclass(frozen=True)
+class Data:
+    image_root: str
+    train_csv: str
+    val_csv: str
+    image_size: Count  # pixels, square
+    train_defect_proportion: InnerProportion | None
+    fraction: Share
+    subset_size: Count | None
+    packed: None  # images are decoded from their files; a packed store is not read yet
+    max_bad_images: Literal[0]  # the first unreadable image stops the run
+    num_workers: NonNegativeInt  # a rank
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    min_scale: Share  # of the image's area: the smallest crop
+    t_val: Proportion
+    flip_prob: Proportion
+
+
+@dataclass(frozen=True)
+class Optimization:
+    optimizer: Literal["lars", "adamw"]
+    batch_size: Count  # over all ranks
+    lr: NonNegative
+    momentum: Momentum  # AdamW: the first beta
+    weight_decay: NonNegative
+    warmup_start_lr: NonNegative
+    exclude_bias_and_norm: bool
+    trust_coefficient: Positive | None  # LARS only
+    epochs: Count
+    warmup_epochs: NonNegativeInt
+    min_lr: NonNegative
+    precision: Literal["fp16", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    lr: Positive
+    momentum: Momentum
+    weight_decay: NonNegative
+    pos_weight: Literal["balanced", "inverse_proportion"] | Positive
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    output_dir: str
+    name: str | None
+    compile: Literal["auto"] | bool
+    val_every_epochs: Count
+    frozen_encoder: bool
+    log_every: Count  # steps
+    checkpoint_every_steps: Count
+    deterministic: bool
+
+
+# Keys that change no number: a run may be continued with another value.
+NOT_IDENTITY = {
+    "run": ("output_dir", "name", "log_every", "checkpoint_every_steps"),
+    "data": ("num_workers",),
+}
+PATHS = ("image_root", "train_csv", "val_csv")  # of `data`; what they hold is compared by hash
+
+
+def _cross_checks(cfg):
+    """Sentences about problems that need more than one key; cfg: a whole config."""
+    opt = cfg.optimization
+    if opt.warmup_epochs > opt.epochs:
+        yield f"optimization.warmup_epochs: {opt.warmup_epochs} is more than epochs, {opt.epochs}"
+    if (opt.optimizer == "lars") != (opt.trust_coefficient is not None):
+        yield "optimization.trust_coefficient: a number with lars, null with adamw"
+    if (cfg.backbone == "vit_tiny") != (cfg.patch_size is not None):
+        yield "patch_size: a whole number with backbone vit_tiny, null with resnet18"
+    elif cfg.patch_size and cfg.data.image_size % cfg.patch_size:
+        size, patch = cfg.data.image_size, cfg.patch_size
+        yield f"data.image_size: {size} is no multiple of patch_size, {patch}"
+    if cfg.run.name and Path(cfg.run.name).name != cfg.run.name:
+        yield f"run.name: expected the name of one folder, got '{cfg.run.name}'"
+
+
+def _apply_override(values, override):
+    """`section.key=value` into the nested dict `values`; the value is parsed as YAML."""
+    dotted, equals, text = override.partition("=")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {}) if isinstance(values, dict) else None
+    if not equals or not key or not isinstance(values, dict):
+        raise ConfigError(f"override '{override}': expected section.key=value")
+    values[key] = parse_yaml(text, f"override '{override}'")
+
+
+def read_config(config_class, path, overrides=()):
+    """A YAML file with overrides -> a frozen config_class.
+
+    Raises ConfigError with every problem, one a line, each naming its key.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values")
+    for override in overrides:
+        _apply_override(values, override)
+    (method,) = typing.get_args(typing.get_type_hints(config_class)["method"])
+    if "method" in values and values["method"] != method:
+        got = json.dumps(values["method"], default=str)[:60]
+        raise ConfigError(f"{path}: method: this script is for {method}, the config for {got}")
+    problems = []
+    cfg = build(config_class, values, problems)
+    problems = problems or list(_cross_checks(cfg))
+    if problems:
+        raise ConfigError("\n  ".join([f"{path}:", *problems]), values)
+    return cfg
+
+
+def _refuse_arguments(message):
+    raise ConfigError(f"command line: {message}")
+
+
+def load_config(config_class, argv=None):
+    """Command line `--config FILE.yaml [section.key=value ...]` -> a frozen config_class."""
+    parser = argparse.ArgumentParser(description="Of two overrides of one key the last wins.")
+    parser.add_argument("--config", required=True, metavar="FILE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.error = _refuse_arguments
+    args = parser.parse_args(argv)
+    return read_config(config_class, args.config, args.overrides)
+
+
+def identity(cfg, with_paths):
+    """The config as nested dicts, less the keys that change no number; data paths if asked for."""
+    values = dataclasses.asdict(cfg)
+    for section, keys in NOT_IDENTITY.items():
+        for key in keys:
+            del values[section][key]
+    if not with_paths:
+        for key in PATHS:
+            del values["data"][key]
+    return values
+
+
+def differences(old, new, path=""):
+    """Lines `section.key: old -> new` for two nested dicts."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return lines
+
+
+def run_name(cfg):
+    """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>."""
+    if cfg.run.name is not None:
+        return cfg.run.name
+    proportion = cfg.data.train_defect_proportion
+    p = "all" if proportion is None else f"{100 * proportion:g}"
+    text = json.dumps(identity(cfg, with_paths=True), sort_keys=True)
+    method = "random" if cfg.run.frozen_encoder else cfg.method
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{method}_{cfg.backbone}_p{p}_s{cfg.seed}_{digest}"

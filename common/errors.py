@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
+
+
+class UserError(Exception):
+    """Names the file, key or row and what is allowed. `one_rank`: only this rank knows of it."""
+
+    one_rank = False
+
+
+class ConfigError(UserError):
+    """A config file or override that cannot be used. `values`: what was read of it, if anything."""
+
+    def __init__(self, message, values=None):
+        super().__init__(message)
+        self.values = values or {}
+
+
+class ImageError(UserError):
+    """An image that cannot be used; found by the one rank that read it."""
+
+    one_rank = True

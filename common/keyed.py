@@ -1,0 +1,11 @@
+"""Random numbers as a pure function of a key: what is drawn depends on nothing that ran before."""
+
+import numpy as np
+
+# One number a purpose, so that two purposes never share a stream. Never renumber.
+SUBSET, ORDER, VIEW, JITTER_ORDER, SAMPLE = range(1, 6)
+
+
+def keyed_rng(purpose, *key):
+    """purpose: one of the constants above; key: non-negative integers. A new numpy Generator."""
+    return np.random.default_rng([purpose, *key])

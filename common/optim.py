@@ -1,0 +1,82 @@
+"""LARS, and the parameter groups of a run's optimiser."""
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled, tensor by tensor, to the size of the weights.
+
+    You et al. 2017, arXiv:1708.03888, Eq. 6: the local rate is trust_coefficient * |w| /
+    (|g| + weight_decay * |w|), and 1 where a norm is zero. The global lr multiplies the momentum
+    buffer, as in torch.optim.SGD. One-dimensional parameters (biases, norms) are neither decayed
+    nor adapted unless exclude_bias_and_norm is False.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0.9,
+        weight_decay=0.0,
+        trust_coefficient=0.001,
+        exclude_bias_and_norm=True,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "exclude_bias_and_norm": exclude_bias_and_norm,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; no transfer to the host."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            decay, trust = group["weight_decay"], group["trust_coefficient"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1 or not group["exclude_bias_and_norm"]:
+                    w_norm, g_norm = p.norm(), update.norm()
+                    rate = trust * w_norm / (g_norm + decay * w_norm)
+                    rate = torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0)
+                    update = rate * update.add(p, alpha=decay)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                p.add_(buffer, alpha=-group["lr"])
+        return loss
+
+
+def build_optimizer(
+    model, name, lr, momentum, weight_decay, exclude_bias_and_norm, trust_coefficient
+):
+    """name: lars | adamw over all parameters of model.
+
+    exclude_bias_and_norm: one-dimensional parameters get no decay (and under LARS no adaptation).
+    AdamW's betas are (momentum, 0.999), as the study.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if name == "lars":
+        return LARS(params, lr, momentum, weight_decay, trust_coefficient, exclude_bias_and_norm)
+    groups = [{"params": params}]
+    if exclude_bias_and_norm:
+        groups = [
+            {"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+
+
+def set_lr(optimizer, lr):
+    """The learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

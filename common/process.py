@@ -1,0 +1,128 @@
+"""A process from start to exit: torchrun's environment, device, signals, errors and exit codes."""
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.progress import say
+
+DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
+GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
+
+
+class Stopped(SystemExit):
+    """A signal asked for the end; the state is saved and the same command goes on from there."""
+
+
+class Finished(SystemExit):
+    """There is nothing left to do."""
+
+
+class Place(NamedTuple):
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def start_process(seed, deterministic):
+    """Join the ranks that torchrun started, if any; choose the device; seed the weights' draw."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where CUDA has it; exact on CPU
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    return Place(rank, world_size, device)
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 or Ctrl-C set a flag; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received, self._pid = None, os.getpid()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if os.getpid() != self._pid:  # a loader worker: its parent ends it
+            return
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self):
+        """Whether any rank was asked to stop; the same answer on all ranks."""
+        flag = torch.tensor([self.received is not None], dtype=torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+_at_exit = []  # called with (state, why, retryable) where a script ends otherwise than planned
+
+
+def report_failures_to(callback):
+    """callback(state, why, retryable): how the run folder learns that the script has failed."""
+    _at_exit[:] = [callback]
+
+
+def entry_point(main):
+    """Decorates a script's main: errors become one sentence, a status and an exit code.
+
+    0 done, 2 the user's input (a UserError), 3 a fault worth retrying, 75 stopped by a signal and
+    resumable. Rank 0 speaks for all, unless only one rank knows of the error.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        _at_exit.clear()
+        try:
+            main(argv)
+            code = DONE
+        except UserError as error:
+            if error.one_rank or os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            _report("failed", str(error), False)
+            code = USER_ERROR
+        except Finished:
+            code = DONE
+        except Stopped:
+            code = STOPPED
+        except KeyboardInterrupt:
+            say("stopped at once; the same command goes on from the last checkpoint")
+            _report("preempted", "Ctrl-C", True)
+            code = STOPPED
+        except Exception as error:
+            traceback.print_exc()
+            _report("failed", f"{type(error).__name__}: {error}", True)
+            code = FAULT
+        if dist.is_initialized() and code == DONE:
+            dist.destroy_process_group()
+        if code != DONE:
+            sys.exit(code)
+
+    return run
+
+
+def _report(state, why, retryable):
+    for callback in _at_exit:
+        callback(state, why, retryable)

@@ -1,0 +1,68 @@
+"""Progress with time left: a bar on a terminal, else a plain line every half minute."""
+
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30
+SECONDS_BEFORE_BAR = 2  # what ends sooner shows nothing
+
+
+def speaks():
+    """Whether this process prints: rank 0 does, the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text):
+    """A line to the terminal, above any bar; rank 0 only."""
+    if speaks():
+        tqdm.write(text, file=sys.stderr)
+
+
+def clock(seconds):
+    """Seconds as 1:02:03 or 2:03."""
+    return tqdm.format_interval(seconds)
+
+
+class Progress:
+    """Counts towards a total; use `update` after each piece and `close` at the end."""
+
+    def __init__(self, total, label, unit, done=0):
+        """done: how much of the total was done before this process started."""
+        self.total, self.label, self.unit = total, label, unit
+        self.done = self.first = done
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if speaks() and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total,
+                initial=done,
+                desc=label,
+                unit=f" {unit}",
+                delay=SECONDS_BEFORE_BAR,
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def update(self, n=1, note=""):
+        """n more are done; note: shown behind the count, such as the loss."""
+        self.done += n
+        if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif speaks() and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            rate = (self.done - self.first) / (self.last_line - self.started)
+            left = clock((self.total - self.done) / rate) if rate else "?"
+            note = f", {note}" if note else ""
+            say(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, "
+                f"{rate:.3g} {self.unit}/s, {left} left{note}"
+            )
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,40 @@
+"""RankMe and simple statistics of features and embeddings: what can be told without labels."""
+
+import torch
+import torch.nn.functional as F
+
+EPSILON = 1e-7  # of the original, added to each p_k
+
+
+def rankme(z, centre=False):
+    """RankMe, Eq. 1 of arXiv:2210.02885: exp of the entropy of the normalised singular values.
+
+    z: (N, D). The original does not centre. Returns a float from 1 to about min(N, D).
+    """
+    z = z.detach().double()
+    if centre:
+        z = z - z.mean(dim=0)
+    s = torch.linalg.svdvals(z)
+    p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + EPSILON
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def label_free(features, embeddings):
+    """Measures of one fixed, clean set. features: (N, D), embeddings: (N, K), of the same images.
+
+    `rankme` is the original's (embeddings, not centred). `mean` and `std` of features are over
+    images and dimensions, and over images, averaged over dimensions. Those of embeddings are after
+    L2 normalisation, std times sqrt(K): 1 is healthy, 0 collapsed.
+    """
+    result = {"rankme": rankme(embeddings), "n": len(features)}
+    unit = F.normalize(embeddings.double(), dim=1) * embeddings.shape[1] ** 0.5
+    for name, raw, z in (("features", features, features), ("embeddings", embeddings, unit)):
+        z = z.double()
+        result |= {
+            f"rankme_{name}": rankme(raw),
+            f"rankme_{name}_centred": rankme(raw, centre=True),
+            f"rankme_{name}_largest": min(raw.shape),
+            f"mean_{name}": float(z.mean()),
+            f"std_{name}": float(z.std(dim=0, correction=0).mean()),
+        }
+    return result

@@ -1,0 +1,315 @@
+"""One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
+
+import csv
+import dataclasses
+import math
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+
+from common.annotations import DEFECT, NORMAL, UNLABELLED
+from common.augmentations import MEAN, STD
+from common.checkpoint import LAST, load_checkpoint, save_checkpoint
+from common.config import identity, run_name
+from common.data import batches
+from common.distributed import all_reduce_mean
+from common.errors import UserError
+from common.process import Finished, Stopped, StopSignal, report_failures_to, start_process
+from common.progress import Progress, clock, say
+from common.run_folder import (
+    RESULT,
+    JsonLines,
+    add_provenance,
+    open_folder,
+    read_json,
+    write_config,
+    write_json,
+    write_status,
+)
+
+
+class Run:
+    """Use `Run.start(cfg)`. rank, world_size and device say where this process stands.
+
+    The only helper that sees a config: to name the folder, record it and read `cfg.run`.
+    """
+
+    @classmethod
+    def start(cls, cfg):
+        """Join the ranks, open the run folder, or raise Finished where there is nothing to do."""
+        run = cls()
+        run.cfg = cfg
+        run.place = start_process(cfg.seed, cfg.run.deterministic)
+        run.rank, run.world_size, run.device = run.place
+        run.is_first = run.rank == 0
+        run.folder = Path(cfg.run.output_dir) / run_name(cfg)
+        run.stop = StopSignal()
+        run.method = "random" if cfg.run.frozen_encoder else cfg.method
+        run._open()
+        report_failures_to(run._failed)
+        if run.device.type == "cpu" and cfg.optimization.precision == "fp16":
+            say("optimization.precision fp16 runs as fp32 on CPU")
+        return run
+
+    def _open(self):
+        """Rank 0 opens the folder; all ranks hear how it went and raise the same."""
+        verdict = [None, None]
+        if self.is_first:
+            try:
+                self._lock = open_folder(self.folder, self.cfg)
+                verdict[1] = (self.folder / RESULT).exists()
+            except UserError as error:
+                verdict[0] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(verdict)
+        problem, finished = verdict
+        if problem:
+            raise UserError(problem)
+        if finished:
+            say(f"{self.folder} is finished: see {RESULT} there")
+            raise Finished
+        if self.is_first:
+            write_config(self.folder, dataclasses.asdict(self.cfg))
+            write_status(self.folder, "running")
+
+    def _failed(self, state, why, retryable):
+        now = read_json(self.folder / "status.json") or {}
+        if now.get("state") == "running":  # the first rank to fail knows why
+            write_status(self.folder, state, why, retryable)
+
+    def describe_data(self, train, rows, val):
+        """Record and log which rows are trained on. train, val: Annotations; rows: of train."""
+        labels = train.defect[rows]
+        counts = {g: int((labels == g).sum()) for g in (NORMAL, DEFECT, UNLABELLED)}
+        self.counts = counts
+        self.data_sha = train.sha256(rows) + val.sha256()
+        if not self.is_first:
+            return
+        with open(self.folder / "train_subset.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["Filename", "Defect"])
+            text = {NORMAL: "0", DEFECT: "1", UNLABELLED: ""}
+            writer.writerows([train.name(r), text[int(train.defect[r])]] for r in rows)
+        add_provenance(
+            self.folder,
+            device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            machine=platform.machine(),
+            world_size=self.world_size,
+            seed=self.cfg.seed,
+            data_sha256=self.data_sha,
+            versions=self._versions(),
+        )
+        share = counts[DEFECT] / max(counts[NORMAL] + counts[DEFECT], 1)
+        say(
+            f"{self.folder}\ntrain: {counts[NORMAL]} normal, {counts[DEFECT]} defect "
+            f"({share:.2%} of the labelled), {counts[UNLABELLED]} not labelled; "
+            f"validation: {len(val)} images"
+        )
+        if counts[UNLABELLED]:
+            say("pre-training also sees the unlabelled images, so another mix than that proportion")
+
+    @staticmethod
+    def _versions():
+        modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
+        return {name: str(module.__version__) for name, module in modules.items()}
+
+    def resume(self, state, steps_per_epoch):
+        """Restore the newest checkpoint, if any, into state (a TrainState); open the logs."""
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * self.cfg.optimization.epochs
+        self.step = self.epochs_done = 0
+        self._seconds_before = 0.0
+        saved = load_checkpoint(self.folder, warn=say)
+        log_size = 0
+        if saved is not None:
+            self._check_same_run(saved)
+            state.restore(saved["state"] | {"model": saved["model"]}, self.is_first)
+            self.step, self.epochs_done = saved["step"], saved["epochs_done"]
+            self._seconds_before, log_size = saved["seconds"], saved["log_size"]
+            say(f"going on at step {self.step} of {self.total_steps}")
+        self._started, self._first_step = time.monotonic(), self.step
+        self.log = self.writer = None
+        if self.is_first:
+            self.log = JsonLines(self.folder, log_size)
+            purge = self.step if saved is not None else None
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
+        batch = self.cfg.optimization.batch_size
+        self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
+        self._note = ""
+
+    def _check_same_run(self, saved):
+        if saved["world_size"] != self.world_size:
+            raise UserError(
+                f"{self.folder / LAST}: written by {saved['world_size']} ranks, so "
+                f"{self.world_size} cannot go on bit for bit; use as many, or a new run.name"
+            )
+        if saved["data_sha"] != self.data_sha:
+            raise UserError(
+                f"{self.folder / LAST}: written while training on other data than what "
+                "data.train_csv and data.val_csv hold now; use a new run.name"
+            )
+        if saved["versions"] != self._versions():
+            say(f"the checkpoint was written by {saved['versions']}: no bit-identical resume")
+
+    def epochs(self):
+        """The epochs that are left."""
+        yield from range(self.epochs_done, self.cfg.optimization.epochs)
+
+    def steps(self, loader):
+        """(step, batch) of the current epoch, from where the run stands."""
+        first = self.step - self.epochs_done * self.steps_per_epoch
+        loader.batch_sampler.start(self.epochs_done, first)
+        for batch in batches(loader):
+            yield self.step, batch
+
+    def end_step(self, state, loss, lr, views, **numbers):
+        """After each update: sum the loss, log now and then, save now and then, stop if asked to.
+
+        loss: this rank's; numbers: tensors or floats of the step to log beside it, the same on all
+        ranks. views: (V, B, 3, S, S), shown once.
+        """
+        if self.step == 0 and self.is_first:
+            self._show_views(views)
+        loss = all_reduce_mean(loss.detach().double())
+        state.loss_sum = state.loss_sum + loss
+        self.step += 1
+        self._progress.update(self.cfg.optimization.batch_size, self._note)
+        if self.step == 1 or self.step % self.cfg.run.log_every == 0:
+            self._log_step(float(loss), lr, numbers)
+        if self.stop.agreed():
+            self._save(state)
+            if self.is_first:
+                write_status(self.folder, "preempted", f"signal {self.stop.received}", True)
+            say(f"stopped at step {self.step}; the same command goes on from here")
+            raise Stopped
+        if self.step % self.cfg.run.checkpoint_every_steps == 0:
+            self._save(state)
+
+    def _log_step(self, loss, lr, numbers):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.step}; the last checkpoint stays. Lower "
+                "optimization.lr, or use optimization.precision=bf16 or fp32"
+            )
+        self._note = f"loss {loss:.4f}"
+        record = {"loss": loss, "lr": lr} | {k: float(v) for k, v in numbers.items()}
+        self._write("step", record)
+
+    def _write(self, kind, record):
+        if not self.is_first:
+            return
+        for key, value in record.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{kind}/{key}", value, self.step)
+        epoch = (self.step - 1) // self.steps_per_epoch
+        times = {"seconds": self.seconds(), "samples_per_second": self.samples_per_second()}
+        self.log.write({"kind": kind, "step": self.step, "epoch": epoch} | record | times)
+
+    def seconds(self):
+        """Seconds in this run so far, over all its starts."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def samples_per_second(self):
+        """Images a second over all ranks since this start, validation included."""
+        done = (self.step - self._first_step) * self.cfg.optimization.batch_size
+        return done / max(time.monotonic() - self._started, 1e-9)
+
+    def validates(self, epoch):
+        """Whether validation is due after this epoch."""
+        last = epoch + 1 == self.cfg.optimization.epochs
+        return last or (epoch + 1) % self.cfg.run.val_every_epochs == 0
+
+    def end_epoch(self, state, train, validation):
+        """Log the epoch's mean loss and scores, and save.
+
+        train: scores of the online probe on augmented views. validation: None, or its scores on
+        clean images and the label-free measures of these.
+        """
+        val, label_free = validation or (None, None)
+        loss = float(state.loss_sum) / self.steps_per_epoch
+        record = {"loss": loss}
+        for name, scores in (("train", train), ("val", val), ("label_free", label_free)):
+            if scores is not None:
+                record |= {f"{name}_{k}": v for k, v in scores.items() if k != "undefined"}
+        self._write("epoch", record)
+        shown = [f"epoch {self.epochs_done + 1}/{self.cfg.optimization.epochs}: loss {loss:.4f}"]
+        for name, scores in (("train", train), ("val", val)):
+            if scores is not None and scores["auroc"] is not None:
+                shown.append(f"{name} F1 {scores['f1']:.3f} AUROC {scores['auroc']:.3f}")
+        say(", ".join([*shown, clock(self.seconds())]))
+        self.epochs_done += 1
+        state.train_scores, state.loss_sum = train, 0.0
+        state.scores.clear()
+        self._save(state)
+
+    def _save(self, state):
+        content = state.capture()
+        if not self.is_first:
+            return
+        model = content.pop("model")
+        self.writer.flush()
+        save_checkpoint(
+            self.folder,
+            {
+                "model": model,
+                "state": content,
+                "step": self.step,
+                "epochs_done": self.epochs_done,
+                "world_size": self.world_size,
+                "config": identity(self.cfg, with_paths=True),
+                "data_sha": self.data_sha,
+                "versions": self._versions(),
+                "seconds": self.seconds(),
+                "log_size": self.log.size(),
+            },
+        )
+
+    def _show_views(self, views):
+        """The first images' views side by side, as training sees them."""
+        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        pairs = views[:, :8].transpose(0, 1).flatten(0, 1).float().cpu() * std + mean
+        grid = torchvision.utils.make_grid(pairs.clamp(0, 1), nrow=2 * len(views))
+        self.writer.add_image("views", grid, 0)
+        torchvision.utils.save_image(grid, self.folder / "views.png")
+
+    def finish(self, result):
+        """Write result.json, last of all. result: scores as `Scoring.final` gives them."""
+        self._progress.close()
+        if self.is_first:
+            content = {
+                "method": self.method,
+                "backbone": self.cfg.backbone,
+                "seed": self.cfg.seed,
+                "train_defect_proportion": self.cfg.data.train_defect_proportion,
+                "epochs": self.cfg.optimization.epochs,
+                "train_rows": {
+                    "normal": self.counts[NORMAL],
+                    "defect": self.counts[DEFECT],
+                    "unlabelled": self.counts[UNLABELLED],
+                },
+                **result,
+                "seconds": self.seconds(),
+                "samples_per_second": self.samples_per_second(),
+            }
+            self.writer.close()
+            write_json(self.folder / RESULT, content)
+            write_status(self.folder, "finished")
+            say(f"{self.folder / RESULT}: validation {_summary(content)}")
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _summary(content):
+    parts = []
+    for name, label in (("val", "online probe"), ("val_offline", "offline probe")):
+        scores = content[name]
+        if scores.get("auroc") is not None:
+            parts.append(f"{label} F1 {scores['f1']:.3f}, AUROC {scores['auroc']:.3f}")
+    return "; ".join(parts) or "has no defect or no normal to score"

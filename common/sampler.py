@@ -1,0 +1,107 @@
+"""Subsets with a given defect proportion, and the batch sampler that resumes and distributes.
+
+Both are pure functions of their arguments: no state is kept, so nothing has to be restored.
+"""
+
+import numpy as np
+
+from common.annotations import DEFECT, NORMAL, UNLABELLED
+from common.errors import UserError
+from common.keyed import ORDER, SUBSET, keyed_rng
+
+
+def imbalanced_indices(defect, proportion, seed, fraction=1.0, subset_size=None):
+    """Rows of a subset in which `proportion` of the labelled rows are defects.
+
+    defect: (N,) 1 defect, 0 normal, -1 not labelled. proportion: between 0 and 1, or None: as they
+    are. fraction: share of each group that is used at all, before the proportion. subset_size:
+    number of labelled rows, or None: the largest subset with all normals, or, where defects are too
+    few for that, with all defects. Rows without a label are always added.
+
+    A group's rows come in one order a seed and a subset takes the first of them, so the defects of
+    1 % are among those of 2 %. Returns sorted int64 rows. Raises UserError with what there is.
+    """
+    defect = np.asarray(defect)
+    groups = {}
+    for group in (NORMAL, DEFECT, UNLABELLED):
+        rows = np.flatnonzero(defect == group)
+        order = keyed_rng(SUBSET, seed, group + 1).permutation(len(rows))
+        groups[group] = rows[order][: round(fraction * len(rows))]
+    n_normal, n_defect = len(groups[NORMAL]), len(groups[DEFECT])
+    have = f"there are {n_normal} normal and {n_defect} defect rows"
+    if fraction < 1:
+        have += f" in data.fraction {fraction:g} of the set"
+
+    take_normal, take_defect = n_normal, n_defect
+    if proportion is not None:
+        if not 0 < proportion < 1:
+            raise UserError(
+                f"data.train_defect_proportion: {proportion:g} is not inside 0 to 1 (15 % is 0.15)"
+            )
+        if not n_normal or not n_defect:
+            raise UserError(f"data.train_defect_proportion: {proportion:g} asked for, but {have}")
+        take_defect = round(n_normal * proportion / (1 - proportion))
+        if take_defect > n_defect:
+            take_defect = n_defect
+            take_normal = round(n_defect * (1 - proportion) / proportion)
+        if not take_normal or not take_defect:
+            raise UserError(
+                f"data.train_defect_proportion: {proportion:g} leaves {take_normal} normal and "
+                f"{take_defect} defect rows; {have}"
+            )
+    if subset_size is not None:
+        largest = take_normal + take_defect
+        if subset_size > largest:
+            raise UserError(
+                f"data.subset_size: {subset_size} labelled rows asked for, but at this proportion "
+                f"at most {largest} can be had; {have}"
+            )
+        share = take_defect / largest if proportion is None else proportion
+        take_defect = round(subset_size * share)
+        take_normal = subset_size - take_defect
+        if proportion is not None and not (take_normal and take_defect):
+            raise UserError(
+                f"data.subset_size: {subset_size} rows at a proportion of {proportion:g} leave "
+                f"{take_normal} normal and {take_defect} defect rows"
+            )
+    chosen = [groups[NORMAL][:take_normal], groups[DEFECT][:take_defect], groups[UNLABELLED]]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+class EpochSampler:
+    """Batches of (epoch, row) keys for one rank: a function of (seed, epoch, step, rank).
+
+    Step s of an epoch takes positions s * batch_size to (s + 1) * batch_size of one permutation;
+    rank r takes its r-th part. The incomplete last batch is dropped: no row is twice in a batch.
+    Use it as a DataLoader's batch_sampler and call `start` before each epoch.
+    """
+
+    def __init__(self, rows, batch_size, seed, rank=0, world_size=1):
+        """rows: row numbers of the annotations. batch_size: over all ranks."""
+        if batch_size % world_size:
+            raise UserError(
+                f"optimization.batch_size: {batch_size} cannot be split over {world_size} ranks"
+            )
+        if len(rows) < batch_size:
+            raise UserError(
+                f"optimization.batch_size: {batch_size} is more than the {len(rows)} training rows"
+            )
+        self.rows = np.asarray(rows, np.int64)
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.steps_per_epoch = len(self.rows) // batch_size
+        self.start(0)
+
+    def start(self, epoch, first_step=0):
+        """Let the next iteration be that of `epoch`, from its step `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self):
+        return self.steps_per_epoch - self.first_step
+
+    def __iter__(self):
+        order = keyed_rng(ORDER, self.seed, self.epoch).permutation(len(self.rows))
+        share = self.batch_size // self.world_size
+        for step in range(self.first_step, self.steps_per_epoch):
+            first = step * self.batch_size + self.rank * share
+            batch = self.rows[order[first : first + share]]
+            yield [(self.epoch, row) for row in batch.tolist()]

@@ -1,0 +1,225 @@
+"""SimCLR (Chen et al. 2020, arXiv:2002.05709): two views of an image attract, all others repel.
+
+    python simclr.py --config configs/simclr_r18.yaml [section.key=value ...]
+    torchrun --nproc_per_node=4 simclr.py --config configs/simclr_r18.yaml
+
+Here: nt_xent_loss (Eq. 1), SimCLR (encoder and projector), the training loop.
+In common/: data, augmentations, LARS, schedules, probe, scores, label-free measures, checkpoints.
+Deviation: no BatchNorm in the projector and only one hidden layer, as the study.
+Deviation: crop, colour jitter and flip only, no greyscale and no blur, as the study.
+
+Shapes: V = 2 views, B images a rank, W ranks, D features, K embedding dimensions, S pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.annotations import check_disjoint, read_annotations
+from common.augmentations import ColorJitterNormalize, CropViews
+from common.backbones import build_backbone
+from common.checkpoint import TrainState
+from common.config import (
+    Augmentation,
+    Count,
+    Data,
+    NonNegativeInt,
+    Optimization,
+    Positive,
+    Probe,
+    RunOptions,
+    load_config,
+)
+from common.data import build_loaders
+from common.distributed import all_gather_with_grad, mixed_precision, to_device, wrap
+from common.optim import build_optimizer, set_lr
+from common.probe import LinearProbe, pos_weight
+from common.process import entry_point
+from common.run import Run
+from common.sampler import EpochSampler, imbalanced_indices
+from common.schedules import cosine, warmup_cosine
+from common.scoring import Scoring, rows_of_rank
+
+# ============================== config ==============================
+
+
+@dataclass(frozen=True)
+class SSLSettings:  # App. B.4
+    proj_hidden_dim: Count
+    proj_output_dim: Count
+    temperature: Positive
+
+
+@dataclass(frozen=True)
+class Config:
+    method: Literal["simclr"]  # another method's config is an error
+    backbone: Literal["resnet18", "vit_tiny"]
+    seed: NonNegativeInt
+    data: Data
+    augmentation: Augmentation
+    optimization: Optimization
+    ssl_settings: SSLSettings
+    probe: Probe
+    run: RunOptions
+    patch_size: Count | None = None  # pixels; vit_tiny only
+
+
+# =============================== loss ===============================
+
+
+def nt_xent_loss(z0, z1, temperature):
+    """Normalised-temperature cross-entropy, Eq. 1 of arXiv:2002.05709.
+
+    z0, z1: (B, K) embeddings of the two views, any scale. Negatives come from all ranks.
+    Returns the mean over this rank's 2B anchors.
+    """
+    z = F.normalize(torch.cat([z0, z1]), dim=1)  # (2B, K)
+    others, first = all_gather_with_grad(z)  # (2BW, K), and where this rank's rows start
+    logits = z @ others.T / temperature  # (2B, 2BW)
+    rows = torch.arange(len(z), device=z.device)
+    logits[rows, first + rows] = float("-inf")  # an anchor is not its own negative
+    positives = first + (rows + len(z0)) % len(z)  # view 0 of image i <-> view 1 of image i
+    return F.cross_entropy(logits, positives)
+
+
+# ============================== model ===============================
+
+
+class SimCLR(nn.Module):
+    def __init__(self, backbone, feature_dim, proj_hidden_dim, proj_output_dim):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(feature_dim, proj_hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(proj_hidden_dim, proj_output_dim),
+        )
+
+    def encode(self, images):
+        """images: (B, 3, S, S) -> features (B, D), embeddings (B, K)."""
+        h = self.backbone(images)
+        return h, self.projector(h)
+
+    def forward(self, views):
+        """views: (V, B, 3, S, S) -> features (V, B, D), embeddings (V, B, K).
+
+        BatchNorm sees one view at a time.
+        """
+        h, z = zip(*(self.encode(view) for view in views), strict=True)
+        return torch.stack(h), torch.stack(z)
+
+
+# =============================== train ==============================
+
+
+@entry_point
+def main(argv=None):
+    # --- shared: setup ---
+    cfg = load_config(Config, argv)
+    data, opt = cfg.data, cfg.optimization
+    run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
+    train, val = read_annotations(data.train_csv), read_annotations(data.val_csv)
+    check_disjoint(train, val)
+    rows = imbalanced_indices(
+        train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
+    )
+    run.describe_data(train, rows, val)
+    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
+    aug = cfg.augmentation
+    # --- end shared ---
+
+    crops = CropViews(data.image_size, aug.min_scale, aug.t_val, aug.flip_prob, 2, cfg.seed)
+
+    # --- shared: data and backbone ---
+    train_loader, val_loader = build_loaders(
+        data.image_root,
+        train,
+        sampler,
+        crops,
+        val,
+        rows_of_rank(len(val)),
+        data.num_workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    augment = ColorJitterNormalize(cfg.seed).to(run.device)
+    backbone, feature_dim = build_backbone(cfg.backbone, data.image_size, cfg.patch_size)
+    # --- end shared ---
+
+    ssl = cfg.ssl_settings
+    model = SimCLR(backbone, feature_dim, ssl.proj_hidden_dim, ssl.proj_output_dim)
+
+    # --- shared: optimisation ---
+    model = to_device(model, run.device)  # channels_last and SyncBatchNorm where they apply
+    optimizer = build_optimizer(
+        model,
+        opt.optimizer,
+        opt.lr,
+        opt.momentum,
+        opt.weight_decay,
+        opt.exclude_bias_and_norm,
+        opt.trust_coefficient,
+    )
+    model.requires_grad_(not cfg.run.frozen_encoder)
+    weight = pos_weight(cfg.probe.pos_weight, train.defect[rows])
+    probe = LinearProbe(feature_dim, cfg.probe.momentum, cfg.probe.weight_decay, weight)
+    probe = probe.to(run.device)
+    autocast, scaler = mixed_precision(opt.precision, run.device)
+    scoring = Scoring(
+        train, rows, val, val_loader, cfg.seed, weight, augment.clean, run.place, autocast
+    )
+    state = TrainState(model, optimizer, probe, scaler)
+    run.resume(state, sampler.steps_per_epoch)
+    ddp = wrap(model, run.device, cfg.run.compile)  # compiled in place, then DDP
+    warmup_steps = opt.warmup_epochs * sampler.steps_per_epoch
+    # --- end shared ---
+
+    for epoch in run.epochs():
+        model.train(not cfg.run.frozen_encoder)
+        for step, batch in run.steps(train_loader):  # goes on in mid-epoch after a resume
+            # --- shared: batch ---
+            batch = batch.to(run.device)
+            views = augment(batch.views, batch.factors, step)  # (V, B, 3, S, S)
+            lr = warmup_cosine(
+                step, run.total_steps, warmup_steps, opt.lr, opt.warmup_start_lr, opt.min_lr
+            )
+            set_lr(optimizer, lr)
+            # --- end shared ---
+
+            with autocast:
+                h, z = ddp(views)
+            loss = nt_xent_loss(*z.float(), ssl.temperature)
+
+            # --- shared: backward ---
+            optimizer.zero_grad(set_to_none=True)
+            if not cfg.run.frozen_encoder:
+                scaler.scale(loss).backward()
+            # --- end shared ---
+
+            # --- shared: update ---
+            if not cfg.run.frozen_encoder:
+                scaler.step(optimizer)
+                scaler.update()
+            # --- end shared ---
+
+            # --- shared: probe, log, save ---
+            probe_lr = cosine(step, run.total_steps, cfg.probe.lr, 0.0)
+            logits = probe.step(h.detach().float(), batch.label, probe_lr)
+            state.scores.add(batch.row, logits)
+            run.end_step(state, loss, lr, views, probe_lr=probe_lr)
+            # --- end shared ---
+
+        # --- shared: epoch end ---
+        validation = scoring.validate(model, probe) if run.validates(epoch) else None
+        run.end_epoch(state, scoring.train_scores(state.scores), validation)
+        # --- end shared ---
+
+    # --- shared: finish ---
+    run.finish(scoring.final(model, probe, state.train_scores, run.folder))
+    # --- end shared ---
+
+
+if __name__ == "__main__":
+    main()
