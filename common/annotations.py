@@ -219,6 +219,12 @@ def _check_defect_is_any_class(annotations):
         )
 
 
+def count_labels(defect):
+    """(N,) labels -> {"normal": n, "defect": n, "unlabelled": n}."""
+    groups = {"normal": NORMAL, "defect": DEFECT, "unlabelled": UNLABELLED}
+    return {name: int((defect == group).sum()) for name, group in groups.items()}
+
+
 def check_disjoint(train, val):
     """Raises UserError where a file name stands in both: validation would see training images."""
     width = max(train.filename.dtype.itemsize, val.filename.dtype.itemsize)

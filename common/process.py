@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.progress import say
+from common.run_folder import note_refused_config
 
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
@@ -101,6 +102,8 @@ def entry_point(main):
         except UserError as error:
             if error.one_rank or os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
+            if isinstance(error, ConfigError) and os.environ.get("RANK", "0") == "0":
+                note_refused_config(error.values, str(error))
             _report("failed", str(error), False)
             code = USER_ERROR
         except Finished:

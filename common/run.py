@@ -1,21 +1,15 @@
 """One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
 
-import csv
 import dataclasses
 import math
 import platform
 import time
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-import torchvision
-from torch.utils.tensorboard import SummaryWriter
 
-from common.annotations import DEFECT, NORMAL, UNLABELLED
-from common.augmentations import MEAN, STD
+from common.annotations import count_labels
 from common.checkpoint import LAST, load_checkpoint, save_checkpoint
 from common.config import identity, run_name
 from common.data import batches
@@ -25,14 +19,18 @@ from common.process import Finished, Stopped, StopSignal, report_failures_to, st
 from common.progress import Progress, clock, say
 from common.run_folder import (
     RESULT,
-    JsonLines,
+    STATUS,
     add_provenance,
     open_folder,
     read_json,
+    versions,
     write_config,
     write_json,
     write_status,
+    write_subset,
 )
+from common.run_log import RunLog
+from common.scoring import summary
 
 
 class Run:
@@ -80,45 +78,23 @@ class Run:
             write_status(self.folder, "running")
 
     def _failed(self, state, why, retryable):
-        now = read_json(self.folder / "status.json") or {}
+        now = read_json(self.folder / STATUS) or {}
         if now.get("state") == "running":  # the first rank to fail knows why
             write_status(self.folder, state, why, retryable)
 
     def describe_data(self, train, rows, val):
-        """Record and log which rows are trained on. train, val: Annotations; rows: of train."""
-        labels = train.defect[rows]
-        counts = {g: int((labels == g).sum()) for g in (NORMAL, DEFECT, UNLABELLED)}
-        self.counts = counts
+        """Say which rows are trained on, and keep them for the folder. train, val: Annotations."""
+        self._subset = train, rows
         self.data_sha = train.sha256(rows) + val.sha256()
-        if not self.is_first:
-            return
-        with open(self.folder / "train_subset.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["Filename", "Defect"])
-            text = {NORMAL: "0", DEFECT: "1", UNLABELLED: ""}
-            writer.writerows([train.name(r), text[int(train.defect[r])]] for r in rows)
-        add_provenance(
-            self.folder,
-            device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            machine=platform.machine(),
-            world_size=self.world_size,
-            seed=self.cfg.seed,
-            data_sha256=self.data_sha,
-            versions=self._versions(),
-        )
-        share = counts[DEFECT] / max(counts[NORMAL] + counts[DEFECT], 1)
+        self.counts = count_labels(train.defect[rows])
+        normal, defect, unlabelled = self.counts.values()
         say(
-            f"{self.folder}\ntrain: {counts[NORMAL]} normal, {counts[DEFECT]} defect "
-            f"({share:.2%} of the labelled), {counts[UNLABELLED]} not labelled; "
+            f"{self.folder}\ntrain: {normal} normal, {defect} defect "
+            f"({defect / max(normal + defect, 1):.2%} of the labelled), {unlabelled} not labelled; "
             f"validation: {len(val)} images"
         )
-        if counts[UNLABELLED]:
+        if unlabelled:
             say("pre-training also sees the unlabelled images, so another mix than that proportion")
-
-    @staticmethod
-    def _versions():
-        modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
-        return {name: str(module.__version__) for name, module in modules.items()}
 
     def resume(self, state, steps_per_epoch):
         """Restore the newest checkpoint, if any, into state (a TrainState); open the logs."""
@@ -134,15 +110,26 @@ class Run:
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
             self._seconds_before, log_size = saved["seconds"], saved["log_size"]
             say(f"going on at step {self.step} of {self.total_steps}")
-        self._started, self._first_step = time.monotonic(), self.step
-        self.log = self.writer = None
         if self.is_first:
-            self.log = JsonLines(self.folder, log_size)
-            purge = self.step if saved is not None else None
-            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
+            self._record_start(fresh=saved is None)
+        self._started, self._first_step = time.monotonic(), self.step
+        self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
         self._note = ""
+
+    def _record_start(self, fresh):
+        if fresh:
+            write_subset(self.folder, *self._subset)
+        add_provenance(
+            self.folder,
+            device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            machine=platform.machine(),
+            world_size=self.world_size,
+            seed=self.cfg.seed,
+            step=self.step,
+            data_sha256=self.data_sha,
+        )
 
     def _check_same_run(self, saved):
         if saved["world_size"] != self.world_size:
@@ -155,7 +142,7 @@ class Run:
                 f"{self.folder / LAST}: written while training on other data than what "
                 "data.train_csv and data.val_csv hold now; use a new run.name"
             )
-        if saved["versions"] != self._versions():
+        if saved["versions"] != versions():
             say(f"the checkpoint was written by {saved['versions']}: no bit-identical resume")
 
     def epochs(self):
@@ -176,7 +163,7 @@ class Run:
         ranks. views: (V, B, 3, S, S), shown once.
         """
         if self.step == 0 and self.is_first:
-            self._show_views(views)
+            self.log.show_views(views)
         loss = all_reduce_mean(loss.detach().double())
         state.loss_sum = state.loss_sum + loss
         self.step += 1
@@ -203,14 +190,10 @@ class Run:
         self._write("step", record)
 
     def _write(self, kind, record):
-        if not self.is_first:
-            return
-        for key, value in record.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{kind}/{key}", value, self.step)
-        epoch = (self.step - 1) // self.steps_per_epoch
-        times = {"seconds": self.seconds(), "samples_per_second": self.samples_per_second()}
-        self.log.write({"kind": kind, "step": self.step, "epoch": epoch} | record | times)
+        if self.is_first:
+            epoch = (self.step - 1) // self.steps_per_epoch
+            times = {"seconds": self.seconds(), "samples_per_second": self.samples_per_second()}
+            self.log.write(kind, self.step, {"epoch": epoch, **record, **times})
 
     def seconds(self):
         """Seconds in this run so far, over all its starts."""
@@ -254,7 +237,6 @@ class Run:
         if not self.is_first:
             return
         model = content.pop("model")
-        self.writer.flush()
         save_checkpoint(
             self.folder,
             {
@@ -265,19 +247,11 @@ class Run:
                 "world_size": self.world_size,
                 "config": identity(self.cfg, with_paths=True),
                 "data_sha": self.data_sha,
-                "versions": self._versions(),
+                "versions": versions(),
                 "seconds": self.seconds(),
                 "log_size": self.log.size(),
             },
         )
-
-    def _show_views(self, views):
-        """The first images' views side by side, as training sees them."""
-        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-        pairs = views[:, :8].transpose(0, 1).flatten(0, 1).float().cpu() * std + mean
-        grid = torchvision.utils.make_grid(pairs.clamp(0, 1), nrow=2 * len(views))
-        self.writer.add_image("views", grid, 0)
-        torchvision.utils.save_image(grid, self.folder / "views.png")
 
     def finish(self, result):
         """Write result.json, last of all. result: scores as `Scoring.final` gives them."""
@@ -289,27 +263,14 @@ class Run:
                 "seed": self.cfg.seed,
                 "train_defect_proportion": self.cfg.data.train_defect_proportion,
                 "epochs": self.cfg.optimization.epochs,
-                "train_rows": {
-                    "normal": self.counts[NORMAL],
-                    "defect": self.counts[DEFECT],
-                    "unlabelled": self.counts[UNLABELLED],
-                },
+                "train_rows": self.counts,
                 **result,
                 "seconds": self.seconds(),
                 "samples_per_second": self.samples_per_second(),
             }
-            self.writer.close()
+            self.log.close()
             write_json(self.folder / RESULT, content)
             write_status(self.folder, "finished")
-            say(f"{self.folder / RESULT}: validation {_summary(content)}")
+            say(f"{self.folder / RESULT}: validation {summary(content)}")
         if self.world_size > 1:
             dist.barrier()
-
-
-def _summary(content):
-    parts = []
-    for name, label in (("val", "online probe"), ("val_offline", "offline probe")):
-        scores = content[name]
-        if scores.get("auroc") is not None:
-            parts.append(f"{label} F1 {scores['f1']:.3f}, AUROC {scores['auroc']:.3f}")
-    return "; ".join(parts) or "has no defect or no normal to score"

@@ -1,6 +1,7 @@
-"""The files of a run folder that say what a run is and how it stands: config, status, lock, log."""
+"""The files of a run folder that say what a run is and how it stands: config, status, lock."""
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
@@ -10,13 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import timm
+import torch
+import torchvision
 import yaml
 
+from common.annotations import DEFECT, NORMAL, UNLABELLED
+from common.checkpoint import LAST, PREVIOUS
 from common.config import differences, identity
 from common.errors import UserError
 from common.schema import read_yaml
 
-CONFIG, STATUS, RESULT, LOG = "config.yaml", "status.json", "result.json", "log.jsonl"
+CONFIG, STATUS, RESULT = "config.yaml", "status.json", "result.json"
 PROVENANCE, LOCK = "provenance.json", "lock"
 
 
@@ -77,7 +84,7 @@ def open_folder(folder, cfg):
     lock.flush()
 
     path = folder / CONFIG
-    if path.exists():
+    if path.exists() and holds_work(folder):
         saved, new = read_yaml(path), identity(cfg, with_paths=False)
         changed = differences(_like(saved, new), new)
         if changed:
@@ -86,6 +93,29 @@ def open_folder(folder, cfg):
                 + "\nchoose another run.name, or delete the folder"
             )
     return lock
+
+
+def holds_work(folder):
+    """Whether a run folder has anything that another run must not overwrite."""
+    return any(os.path.lexists(Path(folder) / name) for name in (LAST, PREVIOUS, RESULT))
+
+
+def note_refused_config(values, why):
+    """A config with an error has no run; where it names one without work, its status says so.
+
+    values: nested dicts as read, right or wrong.
+    """
+    options = values.get("run")
+    if not isinstance(options, dict):
+        return
+    parent, name = options.get("output_dir"), options.get("name")
+    if not (isinstance(parent, str) and isinstance(name, str) and Path(name).name == name):
+        return
+    folder = Path(parent) / name
+    if not holds_work(folder):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_status(folder, "failed", why, False)
 
 
 def _like(saved, new):
@@ -120,27 +150,22 @@ def add_provenance(folder, **facts):
         "argv": sys.argv,
         "python": sys.version.split()[0],
         "git_commit": commit,
+        "versions": versions(),
         **facts,
     }
     write_json(path, {"starts": [*starts, start]})
 
 
-class JsonLines:
-    """log.jsonl: one record a line. Opened at the byte where the checkpoint left it."""
+def write_subset(folder, annotations, rows):
+    """train_subset.csv: file names and labels of the rows that are trained on."""
+    text = {NORMAL: "0", DEFECT: "1", UNLABELLED: ""}
+    with open(Path(folder) / "train_subset.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Filename", "Defect"])
+        writer.writerows([annotations.name(r), text[int(annotations.defect[r])]] for r in rows)
 
-    def __init__(self, folder, size):
-        """size: bytes to keep; what a killed process wrote after its last checkpoint goes."""
-        self._file = open(Path(folder) / LOG, "ab")  # noqa: SIM115 (held for life)
-        if self._file.tell() < size:
-            raise UserError(f"{Path(folder) / LOG}: shorter than when the checkpoint was written")
-        self._file.truncate(size)
-        self._file.seek(size)
 
-    def write(self, record):
-        """One record, at once on its way to the disk."""
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-
-    def size(self):
-        """Bytes so far."""
-        return self._file.tell()
+def versions():
+    """Of what can change a number."""
+    modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
+    return {name: str(module.__version__) for name, module in modules.items()}

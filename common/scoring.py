@@ -139,3 +139,13 @@ def rows_of_rank(n):
     """This rank's share of n rows: every one in exactly one share, without padding."""
     rank = torch.distributed.get_rank() if world_size() > 1 else 0
     return np.arange(rank, n, world_size())
+
+
+def summary(result):
+    """The validation scores of a result in a few words."""
+    parts = []
+    for name, label in (("val", "online probe"), ("val_offline", "offline probe")):
+        scores = result[name]
+        if scores.get("auroc") is not None:
+            parts.append(f"{label} F1 {scores['f1']:.3f}, AUROC {scores['auroc']:.3f}")
+    return "; ".join(parts) or "without a defect or a normal to score"

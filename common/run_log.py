@@ -1,0 +1,56 @@
+"""What a run leaves for reading: log.jsonl, TensorBoard, and one picture of its views."""
+
+import json
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+
+from common.augmentations import MEAN, STD
+from common.errors import UserError
+
+LOG = "log.jsonl"
+VIEWS_SHOWN = 8  # images
+
+
+class RunLog:
+    """One writer a run folder (rank 0)."""
+
+    def __init__(self, folder, size, step):
+        """size: bytes of log.jsonl to keep, step: of the checkpoint that is gone on from, or 0.
+
+        What a killed process wrote after its last checkpoint goes.
+        """
+        self.folder = Path(folder)
+        self._file = open(self.folder / LOG, "ab")  # noqa: SIM115 (held for life)
+        if self._file.tell() < size:
+            raise UserError(f"{self.folder / LOG}: shorter than when the checkpoint was written")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
+
+    def write(self, kind, step, record):
+        """One line, at once on its way to the disk, and its numbers to TensorBoard."""
+        line = {"kind": kind, "step": step, **record}
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        for key, value in record.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def size(self):
+        """Bytes of log.jsonl so far."""
+        return self._file.tell()
+
+    def show_views(self, views):
+        """views: (V, B, 3, S, S) normalised -> views.png and TensorBoard: images side by side."""
+        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        images = views[:, :VIEWS_SHOWN].transpose(0, 1).flatten(0, 1).float().cpu() * std + mean
+        grid = torchvision.utils.make_grid(images.clamp(0, 1), nrow=2 * len(views))
+        torchvision.utils.save_image(grid, self.folder / "views.png")
+        self._board.add_image("views", grid, 0)
+
+    def close(self):
+        """Flush what TensorBoard still holds."""
+        self._board.close()
