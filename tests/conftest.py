@@ -1,0 +1,125 @@
+"""What several tests need: a tiny data set on disk, the shared data folder, gloo ranks."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+
+
+@pytest.fixture(scope="session")
+def sewer_ml():
+    """Folder with genuine Sewer-ML images and annotations."""
+    folder = SHARED / "sewerml"
+    if not folder.is_dir():
+        pytest.skip(f"no Sewer-ML sample in {folder}")
+    return folder
+
+
+def write_set(folder, n_train=64, n_val=24, size=40, unlabelled=0, seed=0):
+    """A learnable set: defects carry a bright square. Returns overrides that name it."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for split, n in (("train", n_train), ("val", n_val)):
+        with open(folder / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["Filename", "RB", "FS", "ND", "Defect"])
+            for i in range(n):
+                defect = i % 3 == 0
+                image = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+                if defect:
+                    image[5:20, 5:20] = 255
+                name = f"{split}_{i:04d}.png"
+                Image.fromarray(image).save(folder / "images" / name)
+                labels = [int(defect), int(defect and i % 2), int(not defect), int(defect)]
+                if split == "train" and i < unlabelled:
+                    labels = [""] * 4
+                writer.writerow([name, *labels])
+    return [
+        f"data.image_root={folder / 'images'}",
+        f"data.train_csv={folder / 'train.csv'}",
+        f"data.val_csv={folder / 'val.csv'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory):
+    """Overrides that name a set of 64 + 24 images, eight of them without a label."""
+    return write_set(tmp_path_factory.mktemp("set") / "tiny", unlabelled=8)
+
+
+TINY = [
+    "data.image_size=32",
+    "data.train_defect_proportion=0.25",
+    "data.num_workers=0",
+    "optimization.batch_size=16",
+    "optimization.epochs=2",
+    "optimization.warmup_epochs=1",
+    "ssl_settings.proj_hidden_dim=32",
+    "ssl_settings.proj_output_dim=16",
+    "run.val_every_epochs=1",
+    "run.log_every=1",
+]
+
+
+def python(*args, **kwargs):
+    """Run this Python in the project's folder; returns the finished process with its output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank, world_size, port, function, args, folder):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.distributed.init_process_group("gloo")
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(world_size, folder, function, *args):
+    """function(*args) on gloo ranks; returns what each rank returned. It must be importable."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    mp.spawn(_rank, (world_size, free_port(), function, args, folder), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def read_yaml(path):
+    """A YAML file by PyYAML's own rules, to compare with ours."""
+    return yaml.safe_load(Path(path).read_text())

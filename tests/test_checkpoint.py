@@ -1,0 +1,158 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.checkpoint import LAST, PREVIOUS, load_checkpoint, read_checkpoint, save_checkpoint
+from common.errors import UserError
+
+
+def content(step):
+    return {"model": {"w": torch.full((50,), float(step))}, "step": step, "note": "x"}
+
+
+def no_warning(text):
+    raise AssertionError(text)
+
+
+def test_round_trip_and_the_previous_one_is_kept(tmp_path):
+    assert load_checkpoint(tmp_path, no_warning) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, content(step))
+    assert sorted(os.listdir(tmp_path)) == [LAST, PREVIOUS]
+    assert read_checkpoint(tmp_path / PREVIOUS)["step"] == 2
+    found = load_checkpoint(tmp_path, no_warning)
+    assert found["step"] == 3 and torch.equal(found["model"]["w"], torch.full((50,), 3.0))
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    save_checkpoint(tmp_path, content(1))
+    whole = (tmp_path / LAST).read_bytes()
+    other = tmp_path / "other.pt"
+    for i in range(0, len(whole), 23):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << (i % 8)
+        for damaged in (bytes(flipped), whole[:i]):
+            other.write_bytes(damaged)
+            with pytest.raises(UserError, match="other.pt"):
+                read_checkpoint(other)
+
+
+def test_damage_falls_back_to_the_previous_one_and_says_so(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step))
+    (tmp_path / LAST).write_bytes(b"junk")
+    said = []
+    assert load_checkpoint(tmp_path, said.append)["step"] == 1
+    assert len(said) == 1 and LAST in said[0] and PREVIOUS in said[0]
+    (tmp_path / LAST).unlink()
+    assert load_checkpoint(tmp_path, said.append)["step"] == 1
+    (tmp_path / PREVIOUS).write_bytes(b"junk")
+    with pytest.raises(UserError, match="afresh"):
+        load_checkpoint(tmp_path, said.append)
+
+
+def test_a_foreign_file_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    import hashlib
+    import io
+
+    for data in (pickle.dumps(Evil()), None):
+        if data is None:
+            buffer = io.BytesIO()
+            torch.save({"format": 1, "model": Evil()}, buffer)
+            data = buffer.getvalue()
+        (tmp_path / LAST).write_bytes(hashlib.sha256(data).digest() + data)
+        with pytest.raises(UserError, match=LAST):
+            read_checkpoint(tmp_path / LAST)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    save_checkpoint(tmp_path, content(1))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="format 99"):
+        read_checkpoint(tmp_path / LAST)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    save_checkpoint(tmp_path, content(1))
+    with pytest.raises(UserError, match="w holds values"):
+        save_checkpoint(tmp_path, content(float("nan")))
+    assert load_checkpoint(tmp_path, no_warning)["step"] == 1
+
+
+CALLS = ("fsync", "link", "replace")
+
+
+def test_a_failing_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    """Fail at the n-th operating-system call of a save, n = 1, 2, ... until the save completes."""
+    for name in CALLS:
+        monkeypatch.setattr(checkpoint.os, name, _failing(getattr(os, name)))
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step))
+    for n in range(1, 20):
+        _failing.left = n
+        try:
+            save_checkpoint(tmp_path, content(2 + n))
+        except OSError as error:
+            assert "No space" in str(error)
+            _failing.left = 0
+            found = load_checkpoint(tmp_path, no_warning)["step"]
+            assert found in (1 + n, 2 + n) and not (tmp_path / (LAST + ".new")).exists()
+            read_checkpoint(tmp_path / PREVIOUS)
+            save_checkpoint(tmp_path, content(2 + n))
+        else:
+            break
+    assert 4 < n < 19  # it failed a few times, and then completed
+    _failing.left = 0
+
+
+def _failing(call):
+    def wrapper(*args, **kwargs):
+        if _failing.left:
+            _failing.left -= 1
+            if not _failing.left:
+                raise OSError(28, "No space left on device")
+        return call(*args, **kwargs)
+
+    return wrapper
+
+
+_failing.left = 0
+
+
+def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step))
+    for n in range(1, 20):
+        pid = os.fork()
+        if pid == 0:
+            for name in CALLS:
+                setattr(checkpoint.os, name, _killing(getattr(os, name)))
+            _killing.left = n
+            save_checkpoint(tmp_path, content(2 + n))
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        found = load_checkpoint(tmp_path, no_warning)["step"]
+        assert found in (1 + n, 2 + n) or status == 0
+        if status == 0:
+            break
+        save_checkpoint(tmp_path, content(2 + n))
+    assert 4 < n < 19 and found == 2 + n
+
+
+def _killing(call):
+    def wrapper(*args, **kwargs):
+        _killing.left -= 1
+        if not _killing.left:
+            os.kill(os.getpid(), 9)
+        return call(*args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,140 @@
+import dataclasses
+
+import pytest
+from conftest import ROOT, python
+
+import simclr
+from common.config import load_config, read_config, run_name
+from common.errors import ConfigError
+from common.schema import parse_yaml
+
+R18 = str(ROOT / "configs/simclr_r18.yaml")
+
+
+def load(*overrides, path=R18):
+    return load_config(simclr.Config, ["--config", path, *overrides])
+
+
+def test_overrides_are_parsed_as_yaml_and_the_last_wins():
+    cfg = load("optimization.lr=1e-3", "optimization.epochs=20", "optimization.epochs=30")
+    assert cfg.optimization.lr == 0.001 and cfg.optimization.epochs == 30
+    assert load("optimization.lr=1").optimization.lr == 1.0  # a whole number is a number
+    assert load("data.train_defect_proportion=null").data.train_defect_proportion is None
+    assert load("run.name=a b/c".replace("/", "_")).run.name == "a b_c"
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load().optimization.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimization.lrr=1", ["optimization.lrr", "unknown", "'lr'"]),
+        ("optimisation.lr=1", ["optimisation", "unknown", "'optimization'"]),
+        ("optimization.lr=fast", ["optimization.lr", "a number", '"fast"']),
+        ("optimization.lr=-1", ["optimization.lr", "at least 0", "-1"]),
+        ("optimization.lr=.inf", ["optimization.lr", "a number"]),
+        ("optimization.lr=nan", ["optimization.lr", "a number"]),
+        ("optimization.lr=1e400", ["optimization.lr", "a number"]),
+        ("optimization.epochs=1.5", ["optimization.epochs", "a whole number"]),
+        ("optimization.epochs=010", ["optimization.epochs", "a whole number", '"010"']),
+        ("optimization.epochs=1_000", ["optimization.epochs", "a whole number"]),
+        ("optimization.epochs=true", ["optimization.epochs", "a whole number"]),
+        ("optimization.epochs=", ["optimization.epochs", "a whole number", "null"]),
+        ("optimization.batch_size=0", ["optimization.batch_size", "at least 1"]),
+        ("optimization.precision=fp8", ["optimization.precision", '"fp16"', '"fp8"']),
+        ("optimization.warmup_epochs=99", ["optimization.warmup_epochs", "99", "45"]),
+        ("optimization.trust_coefficient=null", ["trust_coefficient", "lars"]),
+        ("data.train_defect_proportion=45", ["train_defect_proportion", "0 to 1", "45"]),
+        ("data.train_defect_proportion=1", ["train_defect_proportion", "inside"]),
+        ("data.packed=store", ["data.packed", "null"]),
+        ("data.max_bad_images=3", ["data.max_bad_images", "0"]),
+        ("run.compile=yes", ["run.compile", "true | false", '"yes"']),
+        ("run.name=../x", ["run.name", "one folder"]),
+        ("backbone=resnet50", ["backbone", '"resnet18"']),
+        ("backbone=vit_tiny", ["patch_size"]),
+        ("method=byol", ["method", "simclr", "byol"]),
+        ("optimization=3", ["optimization", "keys and values"]),
+        ("optimization.lr.x=3", ["optimization.lr.x"]),
+        ("epochs", ["epochs", "section.key=value"]),
+        ("data.image_root=&a x", ["anchor"]),
+        ("data.image_root=!!python/name:os.system", ["tag"]),
+    ],
+)
+def test_a_mistake_is_named(override, words):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        load("optimization.lr=x", "probe.lr=y", "data.imagesize=3")
+    assert all(key in str(error.value) for key in ("optimization.lr", "probe.lr", "'image_size'"))
+
+
+def test_a_missing_key_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    text = (ROOT / "configs/simclr_r18.yaml").read_text()
+    path.write_text(text.replace("  temperature: 0.2\n", ""))
+    with pytest.raises(ConfigError, match="ssl_settings.temperature: missing"):
+        load(path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", ["line 3", "'a'", "twice", "line 1"]),
+        ("a: [1, 2\n", ["line"]),
+        ("a: &x 1\nb: *x\n", ["anchor"]),
+        ("a: !!python/object/apply:os.system [ls]\n", ["tag"]),
+        ("a: 1\n---\nb: 2\n", ["line"]),
+        ("[" * 5000, []),
+        ("a: " + "x" * 70000, ["64 KB"]),
+    ],
+)
+def test_bad_yaml_is_refused(text, words):
+    with pytest.raises(ConfigError) as error:
+        parse_yaml(text, "file.yaml")
+    assert all(word in str(error.value) for word in ["file.yaml", *words])
+
+
+def test_scalars_follow_yaml_1_2():
+    text = "[1e-3, 1e3, -2, 0.5, 5., .5, +1, 010, yes, on, 1:30, 2001-01-01, true, null, ~, '1']"
+    assert parse_yaml(text, "") == [
+        *(0.001, 1000.0, -2, 0.5, 5.0, 0.5, 1),
+        *("010", "yes", "on", "1:30", "2001-01-01", True, None, None, "1"),
+    ]
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            read_config(simclr.Config, path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_config(simclr.Config, tmp_path / "latin.yaml")
+
+
+def test_names_tell_runs_apart():
+    name = run_name(load())
+    assert name.startswith("simclr_resnet18_p45_s42_")
+    assert run_name(load("run.log_every=7", "data.num_workers=1", "run.output_dir=x")) == name
+    others = ["optimization.lr=0.31", "data.train_csv=other.csv", "probe.lr=0.01"]
+    assert len({name, *(run_name(load(o)) for o in others)}) == 4
+    assert run_name(load("run.frozen_encoder=true")).startswith("random_resnet18_p45_s42_")
+    assert run_name(load("data.train_defect_proportion=0.01")).startswith("simclr_resnet18_p1_")
+    assert run_name(load("run.name=mine")) == "mine"
+
+
+def test_a_typo_ends_with_one_sentence_and_a_status(tmp_path):
+    done = python(
+        *("simclr.py", "--config", R18, "optimization.lrr=1"),
+        *(f"run.output_dir={tmp_path}", "run.name=typo"),
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "simclr_r18.yaml" in done.stderr and "optimization.lrr" in done.stderr
+    assert '"failed"' in (tmp_path / "typo" / "status.json").read_text()

@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import on_ranks
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from common.offline_probe import fit_logistic, offline_probe, stratified_sample
+from common.probe import LinearProbe, RunningScores, pos_weight
+
+
+def batch(seed, n=24, dim=6):
+    g = torch.manual_seed(seed)
+    features = torch.randn(2, n, dim, generator=g)
+    labels = torch.randint(-1, 2, (n,), generator=g).to(torch.int8)
+    return features, labels
+
+
+def test_is_torchs_sgd_on_torchs_loss_over_the_labelled():
+    probe = LinearProbe(6, momentum=0.9, weight_decay=0.01, pos_weight=3.0)
+    layer = nn.Linear(6, 1)
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9, weight_decay=0.01)
+    for step in range(6):
+        features, labels = batch(step)
+        lr = 0.1 / (step + 1)
+        keep = labels >= 0
+        before = layer(features)[..., 0].detach()
+        loss = F.binary_cross_entropy_with_logits(
+            layer(features[:, keep])[..., 0],
+            labels[keep].float().expand(2, -1),
+            pos_weight=torch.tensor(3.0),
+        )
+        torch.testing.assert_close(probe.loss(before, labels), loss.detach())
+        sgd.param_groups[0]["lr"] = lr
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        torch.testing.assert_close(probe.step(features, labels, lr), before)
+        expected = torch.cat([layer.weight[0], layer.bias]).detach()
+        torch.testing.assert_close(probe.weight, expected)
+
+
+def test_without_a_label_nothing_happens():
+    probe = LinearProbe(6, 0.9, 0.01, 1.0)
+    probe.step(*batch(0), lr=0.1)
+    before = {k: v.clone() for k, v in probe.state_dict().items()}
+    features, labels = batch(1)
+    logits = probe.step(features, torch.full_like(labels, -1), lr=0.1)
+    assert torch.isfinite(logits).all() and probe.loss(logits, torch.full_like(labels, -1)) == 0
+    for name, value in probe.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def probe_on_a_rank():
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    probe = LinearProbe(6, 0.9, 0.0, 2.0)
+    for step in range(4):
+        features, labels = batch(step)
+        share = len(labels) // ranks
+        mine = slice(rank * share, (rank + 1) * share)
+        if step == 2:
+            labels[:12] = -1  # one rank has no label at all
+        probe.step(features[:, mine], labels[mine], lr=0.1)
+    return probe.weight
+
+
+def test_all_ranks_hold_the_probe_of_one_rank_with_the_whole_batch(tmp_path):
+    first, second = on_ranks(2, tmp_path / "r", probe_on_a_rank)
+    assert torch.equal(first, second)
+    probe = LinearProbe(6, 0.9, 0.0, 2.0)
+    for step in range(4):
+        features, labels = batch(step)
+        if step == 2:
+            labels[:12] = -1
+        probe.step(features, labels, lr=0.1)
+    torch.testing.assert_close(first, probe.weight)
+
+
+def test_the_encoder_does_not_notice_the_probe():
+    def gradient(with_probe):
+        torch.manual_seed(0)
+        encoder = nn.Linear(5, 6)
+        features = encoder(torch.randn(2, 24, 5))
+        features.square().mean().backward(retain_graph=True)
+        if with_probe:
+            probe = LinearProbe(6, 0.9, 0.0, 1.0)
+            logits = probe.step(features, batch(0)[1], lr=0.1)  # not even detached by the caller
+            assert probe.weight.abs().sum() > 0 and not logits.requires_grad
+        return encoder.weight.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_pos_weight():
+    defect = np.array([0] * 55 + [1] * 45 + [-1] * 30)
+    assert pos_weight("balanced", defect) == pytest.approx(55 / 45)
+    assert pos_weight("inverse_proportion", defect) == pytest.approx(1 / 0.45)
+    assert pos_weight(2.5, defect) == 2.5
+    assert pos_weight("balanced", np.array([0, 0, -1])) == 1.0
+    large = np.repeat([0, 1], [552_820, 487_309]).astype(np.int8)
+    assert pos_weight("balanced", large) == pytest.approx(552_820 / 487_309)
+
+
+def test_running_scores_survive_a_resume_in_mid_epoch():
+    def scores(cut):
+        running = RunningScores()
+        for i in range(4):
+            if i == cut:
+                saved = running.gather()
+                running = RunningScores()
+                running.restore(*saved, is_first_rank=True)
+            features, _ = batch(i)
+            running.add(torch.arange(24) + 24 * i, features[..., 0])
+        return running.gather()
+
+    rows, logits = scores(cut=None)
+    assert len(rows) == 4 * 24 * 2
+    for cut in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(scores(cut), (rows, logits), strict=True))
+
+
+def regression_set(seed=0, n=300, dim=12):
+    g = torch.manual_seed(seed)
+    x = torch.randn(n, dim, generator=g).double()
+    y = (x @ torch.randn(dim, generator=g).double() + torch.randn(n, generator=g) > 0.8).double()
+    return x, y
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1e-2, 1.0])
+def test_the_offline_fit_is_scikit_learns(l2):
+    x, y = regression_set()
+    ours = fit_logistic(x, y, l2, pos_weight=2.0)
+    theirs = LogisticRegression(C=1 / (l2 * len(y)), tol=1e-10, max_iter=10000)
+    theirs.fit(x.numpy(), y.numpy(), sample_weight=np.where(y == 1, 2.0, 1.0))
+    np.testing.assert_allclose(ours[:-1].numpy(), theirs.coef_[0], atol=1e-4)
+    assert float(ours[-1]) == pytest.approx(theirs.intercept_[0], abs=1e-4)
+
+
+def test_the_offline_probe_ranks_unseen_images_and_chooses_l2_on_train_alone():
+    x, y = regression_set(n=600)
+    logits, fit = offline_probe(x[:300].float() * 50 + 7, y[:300], x[300:].float() * 50 + 7, 2.0, 1)
+    assert ((logits > 0) == (y[300:] == 1)).double().mean() > 0.85
+    assert fit["fit_rows"] == 300
+    other, same_fit = offline_probe(x[:300].float() * 50 + 7, y[:300], x[:5].float(), 2.0, 1)
+    assert same_fit == fit and len(other) == 5
+    constant = torch.cat([x[:300], torch.ones(300, 1)], dim=1)
+    assert torch.isfinite(offline_probe(constant, y[:300], constant, 1.0, 1)[0]).all()
+
+
+def test_too_few_rows_for_a_fit_are_said():
+    x, _ = regression_set(n=5)
+    logits, why = offline_probe(x, np.array([0, 0, 0, 0, 1]), x, 1.0, 0)
+    assert logits is None and "1 defect" in why["undefined"]
+
+
+def test_the_sample_for_the_fit_is_stratified_and_labelled():
+    defect = np.repeat([0, 1, -1], [900, 100, 500])
+    rows = stratified_sample(defect, 200, seed=0)
+    assert (defect[rows] == 0).sum() == 180 and (defect[rows] == 1).sum() == 20
+    assert len(stratified_sample(defect, 10**6, seed=0)) == 1000

@@ -1,0 +1,42 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.rankme import label_free, rankme
+
+
+def test_is_the_papers_formula_by_another_library():
+    z = torch.randn(200, 32, generator=torch.manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 32))
+    for centre in (False, True):
+        x = z.double().numpy()
+        x = x - x.mean(axis=0) if centre else x
+        s = np.sqrt(np.linalg.eigvalsh(x.T @ x))
+        p = s / s.sum() + 1e-7
+        assert rankme(z, centre=centre) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
+
+
+def test_known_ranks():
+    assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-4)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.zeros(50, 8)) < 1.001  # collapsed: not NaN
+    two = torch.zeros(50, 8)
+    two[:25, 0], two[25:, 1] = 3.0, 3.0
+    assert rankme(two) == pytest.approx(2, rel=1e-4)
+    assert rankme(two, centre=True) == pytest.approx(1, rel=1e-4)
+    assert rankme(7 * torch.eye(16)) == pytest.approx(rankme(torch.eye(16)))  # no scale
+
+
+def test_statistics_tell_health_from_collapse():
+    generator = torch.manual_seed(0)
+    healthy = torch.randn(2000, 64, generator=generator)
+    collapsed = torch.randn(1, 64, generator=generator).repeat(2000, 1)
+    features = 3 + 2 * torch.randn(2000, 16, generator=generator)
+    good, bad = label_free(features, 5 * healthy), label_free(features, collapsed)
+    assert good["std_embeddings"] == pytest.approx(1, abs=0.02)
+    assert bad["std_embeddings"] == pytest.approx(0, abs=1e-6)
+    assert good["mean_features"] == pytest.approx(3, abs=0.05)
+    assert good["std_features"] == pytest.approx(2, abs=0.05)
+    assert good["rankme"] == rankme(5 * healthy) and good["n"] == 2000
+    assert good["rankme_features_largest"] == 16
