@@ -147,3 +147,18 @@ def load_checkpoint(folder, warn):
     if problems:
         raise UserError("\n".join([*problems, "delete these files to start this run afresh"]))
     return None
+
+
+def check_same_run(folder, saved, world_size, data_sha):
+    """Raises UserError where a checkpoint cannot be gone on from bit for bit."""
+    path = Path(folder) / LAST
+    if saved["world_size"] != world_size:
+        raise UserError(
+            f"{path}: written by {saved['world_size']} ranks, so {world_size} cannot go on from it "
+            "bit for bit; use as many, or a new run.name"
+        )
+    if saved["data_sha"] != data_sha:
+        raise UserError(
+            f"{path}: written while training on other data than what data.train_csv and "
+            "data.val_csv hold now; use a new run.name"
+        )

@@ -144,8 +144,11 @@ def picture(entries, config, val, path, columns=8):
     last, label = entries[-1], val["label"]
     order = np.argsort(-last.logits)
     defects, normals = order[label[order] == 1], order[label[order] == 0]
-    figure = plt.figure(figsize=(13, 11.5), layout="constrained")
-    grid = figure.add_gridspec(4, columns, height_ratios=(1.7, 1, 1, 1))
+    figure = plt.figure(figsize=(13, 9.5))
+    grid = figure.add_gridspec(
+        *(4, columns), height_ratios=(1.9, 1, 1, 1), hspace=0.35, wspace=0.06
+    )
+    grid.update(left=0.05, right=0.99, top=0.97, bottom=0.04)
     bars = figure.add_subplot(grid[0, :])
     width = 0.8 / len(SHOWN)
     for k, (key, name, colour) in enumerate(zip(SHOWN, LABELS, BAR_COLOURS, strict=True)):
@@ -166,7 +169,7 @@ def picture(entries, config, val, path, columns=8):
     for i, (title, rows) in enumerate(strips):
         axes = [figure.add_subplot(grid[i + 1, c]) for c in range(columns)]
         _show_images(axes, title, rows, last.logits, config, val)
-    figure.suptitle("Frames: orange = defect, blue = normal", fontsize=11, x=0.99, ha="right")
+    figure.text(0.99, 0.617, "frame: orange = defect, blue = normal", fontsize=10, ha="right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -9,26 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common import run_folder
 from common.annotations import count_labels
-from common.checkpoint import LAST, load_checkpoint, save_checkpoint
+from common.checkpoint import check_same_run, load_checkpoint, save_checkpoint
 from common.config import identity, run_name
 from common.data import batches
 from common.distributed import all_reduce_mean
 from common.errors import UserError
 from common.process import Finished, Stopped, StopSignal, report_failures_to, start_process
 from common.progress import Progress, clock, say
-from common.run_folder import (
-    RESULT,
-    STATUS,
-    add_provenance,
-    open_folder,
-    read_json,
-    versions,
-    write_config,
-    write_json,
-    write_status,
-    write_subset,
-)
 from common.run_log import RunLog
 from common.scoring import summary
 
@@ -61,8 +50,10 @@ class Run:
         verdict = [None, None]
         if self.is_first:
             try:
-                self._lock = open_folder(self.folder, self.cfg)
-                verdict[1] = (self.folder / RESULT).exists()
+                self._lock = run_folder.open_folder(
+                    self.folder, identity(self.cfg, with_paths=False)
+                )
+                verdict[1] = (self.folder / run_folder.RESULT).exists()
             except UserError as error:
                 verdict[0] = str(error)
         if self.world_size > 1:
@@ -71,16 +62,16 @@ class Run:
         if problem:
             raise UserError(problem)
         if finished:
-            say(f"{self.folder} is finished: see {RESULT} there")
+            say(f"{self.folder} is finished: see {run_folder.RESULT} there")
             raise Finished
         if self.is_first:
-            write_config(self.folder, dataclasses.asdict(self.cfg))
-            write_status(self.folder, "running")
+            run_folder.write_config(self.folder, dataclasses.asdict(self.cfg))
+            run_folder.write_status(self.folder, "running")
 
     def _failed(self, state, why, retryable):
-        now = read_json(self.folder / STATUS) or {}
+        now = run_folder.read_json(self.folder / run_folder.STATUS) or {}
         if now.get("state") == "running":  # the first rank to fail knows why
-            write_status(self.folder, state, why, retryable)
+            run_folder.write_status(self.folder, state, why, retryable)
 
     def describe_data(self, train, rows, val):
         """Say which rows are trained on, and keep them for the folder. train, val: Annotations."""
@@ -105,7 +96,9 @@ class Run:
         saved = load_checkpoint(self.folder, warn=say)
         log_size = 0
         if saved is not None:
-            self._check_same_run(saved)
+            check_same_run(self.folder, saved, self.world_size, self.data_sha)
+            if saved["versions"] != run_folder.versions():
+                say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
             state.restore(saved["state"] | {"model": saved["model"]}, self.is_first)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
             self._seconds_before, log_size = saved["seconds"], saved["log_size"]
@@ -120,8 +113,8 @@ class Run:
 
     def _record_start(self, fresh):
         if fresh:
-            write_subset(self.folder, *self._subset)
-        add_provenance(
+            run_folder.write_subset(self.folder, *self._subset)
+        run_folder.add_provenance(
             self.folder,
             device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             machine=platform.machine(),
@@ -130,20 +123,6 @@ class Run:
             step=self.step,
             data_sha256=self.data_sha,
         )
-
-    def _check_same_run(self, saved):
-        if saved["world_size"] != self.world_size:
-            raise UserError(
-                f"{self.folder / LAST}: written by {saved['world_size']} ranks, so "
-                f"{self.world_size} cannot go on bit for bit; use as many, or a new run.name"
-            )
-        if saved["data_sha"] != self.data_sha:
-            raise UserError(
-                f"{self.folder / LAST}: written while training on other data than what "
-                "data.train_csv and data.val_csv hold now; use a new run.name"
-            )
-        if saved["versions"] != versions():
-            say(f"the checkpoint was written by {saved['versions']}: no bit-identical resume")
 
     def epochs(self):
         """The epochs that are left."""
@@ -173,21 +152,26 @@ class Run:
         if self.stop.agreed():
             self._save(state)
             if self.is_first:
-                write_status(self.folder, "preempted", f"signal {self.stop.received}", True)
+                run_folder.write_status(
+                    self.folder, "preempted", f"signal {self.stop.received}", True
+                )
             say(f"stopped at step {self.step}; the same command goes on from here")
             raise Stopped
         if self.step % self.cfg.run.checkpoint_every_steps == 0:
             self._save(state)
 
     def _log_step(self, loss, lr, numbers):
+        self._check_finite(loss)
+        self._note = f"loss {loss:.4f}"
+        record = {"loss": loss, "lr": lr} | {k: float(v) for k, v in numbers.items()}
+        self._write("step", record)
+
+    def _check_finite(self, loss):
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self.step}; the last checkpoint stays. Lower "
                 "optimization.lr, or use optimization.precision=bf16 or fp32"
             )
-        self._note = f"loss {loss:.4f}"
-        record = {"loss": loss, "lr": lr} | {k: float(v) for k, v in numbers.items()}
-        self._write("step", record)
 
     def _write(self, kind, record):
         if self.is_first:
@@ -217,6 +201,7 @@ class Run:
         """
         val, label_free = validation or (None, None)
         loss = float(state.loss_sum) / self.steps_per_epoch
+        self._check_finite(loss)
         record = {"loss": loss}
         for name, scores in (("train", train), ("val", val), ("label_free", label_free)):
             if scores is not None:
@@ -247,7 +232,7 @@ class Run:
                 "world_size": self.world_size,
                 "config": identity(self.cfg, with_paths=True),
                 "data_sha": self.data_sha,
-                "versions": versions(),
+                "versions": run_folder.versions(),
                 "seconds": self.seconds(),
                 "log_size": self.log.size(),
             },
@@ -269,8 +254,8 @@ class Run:
                 "samples_per_second": self.samples_per_second(),
             }
             self.log.close()
-            write_json(self.folder / RESULT, content)
-            write_status(self.folder, "finished")
-            say(f"{self.folder / RESULT}: validation {summary(content)}")
+            run_folder.write_json(self.folder / run_folder.RESULT, content)
+            run_folder.write_status(self.folder, "finished")
+            say(f"{self.folder / run_folder.RESULT}: validation {summary(content)}")
         if self.world_size > 1:
             dist.barrier()

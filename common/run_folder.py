@@ -19,7 +19,7 @@ import yaml
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
 from common.checkpoint import LAST, PREVIOUS
-from common.config import differences, identity
+from common.config import differences
 from common.errors import UserError
 from common.schema import read_yaml
 
@@ -58,9 +58,10 @@ def write_status(folder, state, why=None, retryable=None, **more):
     write_json(Path(folder) / STATUS, {k: v for k, v in content.items() if v is not None})
 
 
-def open_folder(folder, cfg):
+def open_folder(folder, identity):
     """Make or reopen a run folder and take its lock. Returns the lock, to be held for life.
 
+    identity: the config as nested dicts, without the keys in which a run may be continued.
     Raises UserError where another process holds it, it holds another config's run, or it cannot be
     written.
     """
@@ -85,8 +86,7 @@ def open_folder(folder, cfg):
 
     path = folder / CONFIG
     if path.exists() and holds_work(folder):
-        saved, new = read_yaml(path), identity(cfg, with_paths=False)
-        changed = differences(_like(saved, new), new)
+        changed = differences(_like(read_yaml(path), identity), identity)
         if changed:
             raise UserError(
                 "\n  ".join([f"{folder} holds a run of another config:", *changed])

@@ -1,0 +1,32 @@
+# make demo: a trained, scored model from a fresh machine. make test: its tests. Both install first.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+SEED ?= 0
+DEMO ?= demo
+SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \
+      data.val_csv=$(DEMO)/set/SewerML_Val.csv run.output_dir=$(DEMO)/runs
+
+.PHONY: demo test lint clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(PY) -m common.synthetic --out $(DEMO)/set --train 1600 --val 800 --size 80 --seed $(SEED)
+	$(PY) simclr.py --config configs/demo.yaml $(SET) run.name=random \
+		run.frozen_encoder=true optimization.epochs=1
+	$(PY) simclr.py --config configs/demo.yaml $(SET) run.name=simclr
+	$(PY) -m common.compare $(DEMO)/runs/random $(DEMO)/runs/simclr --out $(DEMO)/compare.png
+
+test: $(VENV)/ready
+	$(PY) -m pytest
+
+lint: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf demo

@@ -1,0 +1,38 @@
+"""Every key of the config is read by what runs: a key that nobody reads is a promise not kept."""
+
+import dataclasses
+import sys
+import typing
+
+from test_simclr import run
+
+import simclr
+from common import config
+
+
+def keys(section, prefix=""):
+    """Dotted names of all keys that can have more than one value."""
+    for name, kind in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            yield from keys(kind, f"{kind.__name__}.")
+        elif kind is not type(None) and len(typing.get_args(kind)) != 1:
+            yield prefix + name
+
+
+def test_every_key_is_read(tmp_path, tiny_set, monkeypatch):
+    read = set()
+
+    def recording(self, name):
+        caller = sys._getframe(1).f_globals["__name__"]
+        if caller not in ("dataclasses", "common.config"):  # copies and checks are no use of a key
+            read.add(name if type(self) is simclr.Config else f"{type(self).__name__}.{name}")
+        return object.__getattribute__(self, name)
+
+    sections = [config.Data, config.Augmentation, config.Optimization, config.Probe]
+    for section in (*sections, config.RunOptions, simclr.SSLSettings, simclr.Config):
+        monkeypatch.setattr(section, "__getattribute__", recording, raising=False)
+    run(tmp_path, tiny_set, "keys")
+    everything = set(keys(simclr.Config)) | {"method"}
+    named_only = {"RunOptions.name"}  # read where the run is named, in common.config
+    assert everything - read <= named_only
+    assert len(everything) > 35

@@ -1,0 +1,46 @@
+"""Who may know whom: scripts import common, never each other; common imports no script."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [p for p in ROOT.glob("*.py")]
+COMMON = sorted((ROOT / "common").rglob("*.py"))
+
+
+def imported(path):
+    """Full names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            assert all(alias.name != "*" for alias in node.names), "no star"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", SCRIPTS + COMMON, ids=lambda p: p.stem)
+def test_nobody_imports_a_script(path):
+    assert not {p.stem for p in SCRIPTS} & {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", COMMON, ids=lambda p: p.stem)
+def test_the_config_stays_outside_common(path):
+    if path.stem in ("config", "run"):
+        return
+    names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+    arguments = {n.arg for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.arg)}
+    assert not {"cfg"} & (names | arguments)
+    methods = ("simclr", "byol", "barlow", "dino", "mae")
+    strings = {
+        n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
+    }
+    assert not set(methods) & strings, "common knows no method by name"
+
+
+def test_modules_stay_small():
+    for path in COMMON:
+        assert len(path.read_text().splitlines()) <= 250, path
+    for path in SCRIPTS:
+        assert len(path.read_text().splitlines()) <= 300, path
