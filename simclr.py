@@ -64,7 +64,7 @@ class Config:
     ssl_settings: SSLSettings
     probe: Probe
     run: RunOptions
-    patch_size: Count | None = None  # pixels; vit_tiny only
+    patch_size: Count | None = None  # pixels, vit_tiny only; null: the backbone's own, 16
 
 
 # =============================== loss ===============================
@@ -172,7 +172,7 @@ def main(argv=None):
     )
     state = TrainState(model, optimizer, probe, scaler)
     run.resume(state, sampler.steps_per_epoch)
-    ddp = wrap(model, run.device, cfg.run.compile)  # compiled in place, then DDP
+    ddp = wrap(model, run.device, cfg.run.compile, cfg.run.deterministic)
     warmup_steps = opt.warmup_epochs * sampler.steps_per_epoch
     # --- end shared ---
 
@@ -208,7 +208,7 @@ def main(argv=None):
             probe_lr = cosine(step, run.total_steps, cfg.probe.lr, 0.0)
             logits = probe.step(h.detach().float(), batch.label, probe_lr)
             state.scores.add(batch.row, logits)
-            run.end_step(state, loss, lr, views, probe_lr=probe_lr)
+            run.end_step(state, loss, lr, views, probe_lr=probe_lr, probe_loss=probe.loss)
             # --- end shared ---
 
         # --- shared: epoch end ---

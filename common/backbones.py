@@ -9,13 +9,14 @@ def build_backbone(name, image_size, patch_size=None):
     resnet18: stock stem, global average, D = 512, torchvision's initialisation, as the study (timm
     alone would zero the last BatchNorm of each block). vit_tiny: 12 layers of width D = 192 with 3
     heads; the feature is the class token after the final norm; image_size is a multiple of
-    patch_size.
+    patch_size (None: 16).
     """
     if name == "resnet18":
         module = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
     elif name == "vit_tiny":
+        how = {} if patch_size is None else {"patch_size": patch_size}
         module = timm.create_model(
-            "vit_tiny_patch16_224", num_classes=0, img_size=image_size, patch_size=patch_size
+            "vit_tiny_patch16_224", num_classes=0, img_size=image_size, **how
         )
     else:
         raise ValueError(f"backbone {name!r} is neither resnet18 nor vit_tiny")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.config import differences
 from common.errors import UserError
 from common.probe import LinearProbe, RunningScores
 
@@ -58,22 +59,26 @@ class TrainState:
         self.train_scores = saved["train_scores"]
 
 
-def _check_finite(model_state):
-    for name, tensor in model_state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def check_finite(name, content):
+    """Raises UserError where a float or tensor of nested dicts is not finite, naming it."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            check_finite(f"{name}.{key}", value)
+    elif isinstance(content, (float, torch.Tensor)):
+        if not torch.isfinite(torch.as_tensor(content)).all():
             raise UserError(
-                f"model: {name} holds values that are not finite, so it is not saved; the last "
-                "checkpoint stays. Lower optimization.lr, or use optimization.precision=bf16"
+                f"{name} is not finite, so nothing is saved; the last checkpoint stays. Lower "
+                "optimization.lr, or use optimization.precision=bf16 or fp32"
             )
 
 
-def save_checkpoint(folder, content):
-    """content: dict of plain types and tensors, with the model under "model".
+def save_checkpoint(folder, content, keep_last=True):
+    """content: dict of plain types and tensors.
 
-    Writes a temporary file, syncs it, links last.pt to prev.pt and replaces last.pt. Raises OSError
-    where the disk fails, and leaves the last checkpoint whole.
+    Writes a temporary file, syncs it, links last.pt to prev.pt and replaces last.pt. keep_last:
+    False where last.pt is known to be damaged, so that prev.pt stays. Raises OSError where the disk
+    fails, and leaves the last checkpoint whole.
     """
-    _check_finite(content["model"])
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     data = buffer.getbuffer()
@@ -85,7 +90,7 @@ def save_checkpoint(folder, content):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if (folder / LAST).exists():
+        if keep_last and (folder / LAST).exists():
             link.unlink(missing_ok=True)
             os.link(folder / LAST, link)
             os.replace(link, folder / PREVIOUS)
@@ -126,7 +131,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(folder, warn):
-    """The newest whole checkpoint of a folder, or None where there is none at all.
+    """The newest whole checkpoint of a folder and its file name; (None, None) where there is none.
 
     warn: called with a sentence where last.pt cannot be used and prev.pt is taken. Raises UserError
     where there are files but none can be used: a run never starts afresh over them.
@@ -143,22 +148,24 @@ def load_checkpoint(folder, warn):
             continue
         if problems:
             warn(f"{problems[0]}; going on from {path}")
-        return content
+        return content, name
     if problems:
         raise UserError("\n".join([*problems, "delete these files to start this run afresh"]))
-    return None
+    return None, None
 
 
-def check_same_run(folder, saved, world_size, data_sha):
-    """Raises UserError where a checkpoint cannot be gone on from bit for bit."""
-    path = Path(folder) / LAST
-    if saved["world_size"] != world_size:
+def check_same_run(folder, saved, config, facts):
+    """Raises UserError where a checkpoint cannot be gone on from bit for bit.
+
+    saved: the checkpoint; config: the identity of the run's config; facts: what must be as it was,
+    {name: value}: world_size, data_sha, device.
+    """
+    changed = differences(saved["config"], config)
+    changed += [
+        f"{name}: {saved[name]} -> {value}" for name, value in facts.items() if saved[name] != value
+    ]
+    if changed:
         raise UserError(
-            f"{path}: written by {saved['world_size']} ranks, so {world_size} cannot go on from it "
-            "bit for bit; use as many, or a new run.name"
-        )
-    if saved["data_sha"] != data_sha:
-        raise UserError(
-            f"{path}: written while training on other data than what data.train_csv and "
-            "data.val_csv hold now; use a new run.name"
+            "\n  ".join([f"{Path(folder) / LAST} was written by another run:", *changed])
+            + "\nuse a new run.name, or start it as it was"
         )

@@ -83,7 +83,7 @@ def floors(config, folder, val):
     )
     logits, why = offline_probe(train_pixels, subset.defect[rows], val_pixels, weight, seed)
     if logits is None:
-        raise UserError(f"thumbnails: {why['undefined']}")
+        raise UserError(f"thumbnails: {why}")
     return [
         Entry("all-defect", all_scores(everything, val["label"], classes, names), everything),
         Entry(
@@ -103,8 +103,8 @@ def collect(folders):
         if not np.array_equal(arrays["filename"], val["filename"]):
             raise UserError(f"{folder} and {first} were scored on different validation sets")
         scores = result["val_offline"]
-        if "undefined" in scores and isinstance(scores["undefined"], str):
-            raise UserError(f"{folder}: no offline probe ({scores['undefined']})")
+        if scores["auroc"] is None:
+            raise UserError(f"{folder}: no offline probe ({scores['undefined']['auroc']})")
         name = {"random": "random encoder"}.get(result["method"], result["method"])
         entries.append(Entry(f"{name}, {result['backbone']}", scores, arrays["logit_offline"]))
     return entries, config, val

@@ -94,12 +94,12 @@ def _cross_checks(cfg):
         yield f"optimization.warmup_epochs: {opt.warmup_epochs} is more than epochs, {opt.epochs}"
     if (opt.optimizer == "lars") != (opt.trust_coefficient is not None):
         yield "optimization.trust_coefficient: a number with lars, null with adamw"
-    if (cfg.backbone == "vit_tiny") != (cfg.patch_size is not None):
-        yield "patch_size: a whole number with backbone vit_tiny, null with resnet18"
+    if cfg.patch_size and cfg.backbone != "vit_tiny":
+        yield f"patch_size: null with backbone {cfg.backbone}, which has no patches"
     elif cfg.patch_size and cfg.data.image_size % cfg.patch_size:
         size, patch = cfg.data.image_size, cfg.patch_size
         yield f"data.image_size: {size} is no multiple of patch_size, {patch}"
-    if cfg.run.name and Path(cfg.run.name).name != cfg.run.name:
+    if cfg.run.name and (Path(cfg.run.name).name != cfg.run.name or cfg.run.name == ".."):
         yield f"run.name: expected the name of one folder, got '{cfg.run.name}'"
 
 
@@ -146,7 +146,7 @@ def load_config(config_class, argv=None):
     parser.add_argument("--config", required=True, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.error = _refuse_arguments
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     return read_config(config_class, args.config, args.overrides)
 
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.augmentations import resize_squash
 from common.errors import ImageError, UserError
-from common.keyed import SAMPLE, keyed_rng
+from common.keyed import FILE_CHECK, keyed_rng
 
 LARGEST_IMAGE = 50_000_000  # pixels; a few bytes of PNG can ask for gigabytes of memory
 LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an error
@@ -67,6 +67,8 @@ def open_image(image_root, name, where=""):
                 image.verify()  # checksums of all chunks, which decoding alone does not look at
                 image = Image.open(io.BytesIO(content))
             return _to_rgb(image)
+    except UnidentifiedImageError:
+        why = "it is not an image that Pillow knows"
     except OSError as error:
         why = error.strerror or str(error)
     except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
@@ -82,9 +84,8 @@ class _Rows(Dataset):
         self.annotations = annotations
 
     def read(self, row):
-        annotations = self.annotations
-        where = f" ({annotations.path}, row {row + 1})"
-        return open_image(self.image_root, annotations.name(row), where)
+        where = f" ({self.annotations.place(row)})"
+        return open_image(self.image_root, self.annotations.name(row), where)
 
 
 class TrainImages(_Rows):
@@ -167,12 +168,12 @@ def build_loaders(
     root = Path(image_root)
     if not root.is_dir():
         raise UserError(f"data.image_root: {root} is no folder")
-    for annotations in (train, val):
-        rng = keyed_rng(SAMPLE, len(annotations))
-        for row in rng.choice(len(annotations), min(CHECKED_FILES, len(annotations)), False):
+    for annotations, rows in ((train, train_sampler.rows), (val, val_rows)):
+        rng = keyed_rng(FILE_CHECK, len(rows))
+        for row in rng.choice(rows, min(CHECKED_FILES, len(rows)), replace=False):
             path = root / annotations.name(row)
             if not path.is_file():
-                raise UserError(f"{path}: not there ({annotations.path}, row {row + 1})")
+                raise UserError(f"{path}: not there ({annotations.place(row)})")
     train_loader = _loader(
         TrainImages(image_root, train, crop_views),
         num_workers,

@@ -3,6 +3,8 @@
 All of them do the obvious thing without a process group, so losses can be called anywhere.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +27,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # Every rank's loss depends on this rank's x: their gradients add up.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # not ours to change
         dist.all_reduce(grad)
         first = dist.get_rank() * ctx.rows
         return grad[first : first + ctx.rows]
@@ -45,13 +47,13 @@ def all_gather_with_grad(x):
 class _AllReduceMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x / dist.get_world_size()
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad / dist.get_world_size()
 
@@ -93,18 +95,28 @@ def to_device(model, device):
     return model
 
 
-def wrap(model, device, compile_model):
+def wrap(model, device, compile_model, deterministic):
     """Compile in place, then DistributedDataParallel where there are several ranks.
 
     compile_model: True, False or "auto" (on CUDA). A model without anything to train stays bare.
+    deterministic: on CUDA, keep the gradients' places fixed, at some cost in speed; on CPU always.
     """
     trains = any(p.requires_grad for p in model.parameters())
     if compile_model is True or (compile_model == "auto" and device.type == "cuda"):
         model.compile()
     if world_size() == 1 or not trains:
         return model
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # After its first step DistributedDataParallel moves the gradients to other places of its
+    # buckets, and a sum over three or more ranks depends on the place: a resumed run, which has its
+    # first step later, would differ. Looking for unused parameters keeps it from doing so.
+    fixed = deterministic or device.type == "cpu"
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=fixed,
+    )
 
 
 def broadcast_buffers(model):

@@ -7,6 +7,7 @@ from torch import nn
 from common.annotations import DEFECT, NORMAL
 from common.data import batches
 from common.distributed import all_reduce_sum_, gather_unpadded
+from common.errors import UserError
 from common.progress import Progress
 
 
@@ -38,6 +39,7 @@ class LinearProbe(nn.Module):
         self.register_buffer("weight", torch.zeros(feature_dim + 1))
         self.register_buffer("momentum_buffer", torch.zeros(feature_dim + 1))
         self.register_buffer("pos_weight", torch.tensor(float(pos_weight)), persistent=False)
+        self.loss = None  # of the last step, mean over all ranks' labelled samples
 
     @torch.no_grad()
     def forward(self, features):
@@ -49,32 +51,27 @@ class LinearProbe(nn.Module):
         """One SGD step on binary cross-entropy with pos_weight, averaged over labelled samples.
 
         features: (V, B, D) float32; labels: (B,) 1, 0 or -1 (not labelled: ignored). The mean is
-        over all ranks' labelled samples; where there are none, nothing changes. Returns the logits
-        (V, B) from before the step.
+        over all ranks' labelled samples; where there are none, or a feature has overflowed, nothing
+        changes. Returns the logits (V, B) from before the step, and sets `loss`.
         """
         logits = self(features)
         target = labels.to(logits.dtype).expand_as(logits)
-        weight = torch.where(target > 0, self.pos_weight, 1.0) * (target >= 0)
-        d_logits = weight * (torch.sigmoid(logits) - target.clamp_min(0))  # (V, B)
+        labelled, target = target >= 0, target.clamp_min(0)
+        weight = torch.where(target > 0, self.pos_weight, 1.0) * labelled
+        d_logits = weight * (torch.sigmoid(logits) - target)  # (V, B)
+        losses = weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         gradient = torch.einsum("vb,vbd->d", d_logits, features)
-        total = torch.cat([gradient, d_logits.sum()[None], (target >= 0).sum()[None]])
-        all_reduce_sum_(total)
-        n = total[-1]
-        gradient = total[:-1] / n.clamp_min(1) + self.weight_decay * self.weight
+        sums = torch.stack([d_logits.sum(), losses.sum(), labelled.sum()])
+        total = all_reduce_sum_(torch.cat([gradient, sums]))
+        n = total[-1].clamp_min(1)
+        self.loss = total[-2] / n
+        gradient = total[:-2] / n + self.weight_decay * self.weight
         buffer = self.momentum * self.momentum_buffer + gradient
-        # No branch on n: that would make the host wait for the device.
-        self.momentum_buffer.copy_(torch.where(n > 0, buffer, self.momentum_buffer))
-        self.weight.sub_(torch.where(n > 0, lr * buffer, 0.0))
+        # No branch on these: that would make the host wait for the device.
+        steps = (total[-1] > 0) & gradient.isfinite().all()
+        self.momentum_buffer.copy_(torch.where(steps, buffer, self.momentum_buffer))
+        self.weight.sub_(torch.where(steps, lr * buffer, 0.0))
         return logits
-
-    def loss(self, logits, labels):
-        """Mean loss over this rank's labelled samples, for the log; NaN-free without any."""
-        target = labels.to(logits.dtype).expand_as(logits)
-        keep = target >= 0
-        losses = F.binary_cross_entropy_with_logits(
-            logits, target.clamp_min(0), pos_weight=self.pos_weight, reduction="none"
-        )
-        return (losses * keep).sum() / keep.sum().clamp_min(1)
 
 
 class RunningScores:
@@ -128,9 +125,22 @@ def evaluate(model, loader, clean, device, autocast, label):
         embeddings.append(z.float().cpu())
         progress.update(len(row))
     progress.close()
+    if not rows:  # more ranks than images: no rows, but of the right shape
+        size = loader.dataset.image_size
+        h, z = model.encode(clean(torch.zeros(1, 3, size, size, device=device)))
+        rows, features, embeddings = (
+            [torch.zeros(0, dtype=torch.int64)],
+            [h[:0].cpu()],
+            [z[:0].cpu()],
+        )
     model.train(was_training)
     rows, features, embeddings = (
         gather_unpadded(torch.cat(parts)) for parts in (rows, features, embeddings)
     )
+    if not (features.isfinite().all() and embeddings.isfinite().all()):
+        raise UserError(
+            f"{label}: some features are not finite, so nothing is scored. Lower "
+            "optimization.lr, or use optimization.precision=bf16 or fp32"
+        )
     order = rows.argsort()
     return rows[order], features[order], embeddings[order]

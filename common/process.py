@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from common.progress import say
 from common.run_folder import note_refused_config
 
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
+SECONDS_FOR_FIRST_RANK = 20
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
 
 
@@ -46,7 +48,7 @@ def start_process(seed, deterministic):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where CUDA has it; exact on CPU
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -55,20 +57,40 @@ def start_process(seed, deterministic):
     return Place(rank, world_size, device)
 
 
+def on_first_rank(call):
+    """call() on rank 0. All ranks get what it returns, or raise the UserError that it raised."""
+    outcome = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = call()
+        except UserError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
 class StopSignal:
     """SIGTERM, SIGUSR1 or Ctrl-C set a flag; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.received, self._pid = None, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
+            _handlers.setdefault(number, signal.signal(number, self._handle))
 
     def _handle(self, number, frame):
         if os.getpid() != self._pid:  # a loader worker: its parent ends it
             return
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = signal.Signals(number)
+        say(f"{self.received.name}: saving and stopping after this step")
+
+    def name(self):
+        """The signal's name."""
+        return self.received.name if self.received else "a signal to another rank"
 
     def agreed(self):
         """Whether any rank was asked to stop; the same answer on all ranks."""
@@ -78,11 +100,12 @@ class StopSignal:
         return bool(flag)
 
 
-_at_exit = []  # called with (state, why, retryable) where a script ends otherwise than planned
+_handlers = {}  # what handled a signal before a StopSignal did
+_at_exit = []  # callback(state, why, retryable), where a script ends otherwise than planned
 
 
 def report_failures_to(callback):
-    """callback(state, why, retryable): how the run folder learns that the script has failed."""
+    """callback(state, why, retryable) notes a failure; returns an earlier one's status, or {}."""
     _at_exit[:] = [callback]
 
 
@@ -97,27 +120,10 @@ def entry_point(main):
     def run(argv=None):
         _at_exit.clear()
         try:
-            main(argv)
-            code = DONE
-        except UserError as error:
-            if error.one_rank or os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
-            if isinstance(error, ConfigError) and os.environ.get("RANK", "0") == "0":
-                note_refused_config(error.values, str(error))
-            _report("failed", str(error), False)
-            code = USER_ERROR
-        except Finished:
-            code = DONE
-        except Stopped:
-            code = STOPPED
-        except KeyboardInterrupt:
-            say("stopped at once; the same command goes on from the last checkpoint")
-            _report("preempted", "Ctrl-C", True)
-            code = STOPPED
-        except Exception as error:
-            traceback.print_exc()
-            _report("failed", f"{type(error).__name__}: {error}", True)
-            code = FAULT
+            code = _run(main, argv)
+        finally:
+            while _handlers:
+                signal.signal(*_handlers.popitem())
         if dist.is_initialized() and code == DONE:
             dist.destroy_process_group()
         if code != DONE:
@@ -126,6 +132,43 @@ def entry_point(main):
     return run
 
 
+def _run(main, argv):
+    """main(argv), and the exit code."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        main(argv)
+    except UserError as error:
+        if error.one_rank or is_first:
+            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, ConfigError) and is_first:
+            note_refused_config(error.values, str(error))
+        _report("failed", str(error), False)
+        if not (error.one_rank or is_first or dist.is_initialized()):
+            _wait_for_first_rank()
+        return USER_ERROR
+    except Finished:
+        return DONE
+    except Stopped:
+        return STOPPED
+    except KeyboardInterrupt:
+        say("stopped at once; a run goes on from its last checkpoint")
+        _report("preempted", "Ctrl-C", True)
+        return STOPPED
+    except Exception as error:
+        earlier = _report("failed", f"{type(error).__name__}: {error}", True)
+        if earlier.get("state") == "failed" and dist.is_initialized():
+            return FAULT if earlier["retryable"] else USER_ERROR  # that rank has spoken
+        traceback.print_exc()
+        return FAULT
+    return DONE
+
+
 def _report(state, why, retryable):
-    for callback in _at_exit:
-        callback(state, why, retryable)
+    """Tell the run folder; returns the status that an earlier failure left there, or {}."""
+    return _at_exit[0](state, why, retryable) if _at_exit else {}
+
+
+def _wait_for_first_rank():
+    """Let rank 0 speak before this rank ends: torchrun ends all ranks as soon as one does."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))
+    time.sleep(SECONDS_FOR_FIRST_RANK)

@@ -26,7 +26,7 @@ def label_free(features, embeddings):
     images and dimensions, and over images, averaged over dimensions. Those of embeddings are after
     L2 normalisation, std times sqrt(K): 1 is healthy, 0 collapsed.
     """
-    result = {"rankme": rankme(embeddings), "n": len(features)}
+    result = {"n": len(features)}
     unit = F.normalize(embeddings.double(), dim=1) * embeddings.shape[1] ** 0.5
     for name, raw, z in (("features", features, features), ("embeddings", embeddings, unit)):
         z = z.double()
@@ -37,4 +37,4 @@ def label_free(features, embeddings):
             f"mean_{name}": float(z.mean()),
             f"std_{name}": float(z.std(dim=0, correction=0).mean()),
         }
-    return result
+    return {"rankme": result["rankme_embeddings"], **result}

@@ -1,22 +1,31 @@
 """One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
 
 import dataclasses
-import math
-import platform
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from common import run_folder
+from common import run_folder as files
 from common.annotations import count_labels
-from common.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from common.checkpoint import (
+    LAST,
+    check_finite,
+    check_same_run,
+    load_checkpoint,
+    save_checkpoint,
+)
 from common.config import identity, run_name
 from common.data import batches
 from common.distributed import all_reduce_mean
-from common.errors import UserError
-from common.process import Finished, Stopped, StopSignal, report_failures_to, start_process
+from common.process import (
+    Finished,
+    Stopped,
+    StopSignal,
+    on_first_rank,
+    report_failures_to,
+    start_process,
+)
 from common.progress import Progress, clock, say
 from common.run_log import RunLog
 from common.scoring import summary
@@ -39,44 +48,33 @@ class Run:
         run.folder = Path(cfg.run.output_dir) / run_name(cfg)
         run.stop = StopSignal()
         run.method = "random" if cfg.run.frozen_encoder else cfg.method
-        run._open()
+        if on_first_rank(run._open):
+            say(f"{run.folder} is finished: see {files.RESULT} there")
+            raise Finished
         report_failures_to(run._failed)
         if run.device.type == "cpu" and cfg.optimization.precision == "fp16":
             say("optimization.precision fp16 runs as fp32 on CPU")
         return run
 
     def _open(self):
-        """Rank 0 opens the folder; all ranks hear how it went and raise the same."""
-        verdict = [None, None]
-        if self.is_first:
-            try:
-                self._lock = run_folder.open_folder(
-                    self.folder, identity(self.cfg, with_paths=False)
-                )
-                verdict[1] = (self.folder / run_folder.RESULT).exists()
-            except UserError as error:
-                verdict[0] = str(error)
-        if self.world_size > 1:
-            dist.broadcast_object_list(verdict)
-        problem, finished = verdict
-        if problem:
-            raise UserError(problem)
-        if finished:
-            say(f"{self.folder} is finished: see {run_folder.RESULT} there")
-            raise Finished
-        if self.is_first:
-            run_folder.write_config(self.folder, dataclasses.asdict(self.cfg))
-            run_folder.write_status(self.folder, "running")
+        """Take the folder. Returns whether it holds the finished run."""
+        configs = (identity(self.cfg, with_paths) for with_paths in (False, True))
+        self._lock, finished = files.open_folder(self.folder, *configs)
+        files.set_status(self.folder, "finished" if finished else "running")
+        return finished
 
     def _failed(self, state, why, retryable):
-        now = run_folder.read_json(self.folder / run_folder.STATUS) or {}
-        if now.get("state") == "running":  # the first rank to fail knows why
-            run_folder.write_status(self.folder, state, why, retryable)
+        """Note how this rank ended, unless another was first and knows why. Returns its status."""
+        now = files.read_json(self.folder / files.STATUS) or {}
+        if now.get("state") == "running":
+            files.write_status(self.folder, state, why, retryable)
+            now = {}
+        return now
 
     def describe_data(self, train, rows, val):
         """Say which rows are trained on, and keep them for the folder. train, val: Annotations."""
         self._subset = train, rows
-        self.data_sha = train.sha256(rows) + val.sha256()
+        self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
         self.counts = count_labels(train.defect[rows])
         normal, defect, unlabelled = self.counts.values()
         say(
@@ -92,37 +90,29 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * self.cfg.optimization.epochs
         self.step = self.epochs_done = 0
-        self._seconds_before = 0.0
-        saved = load_checkpoint(self.folder, warn=say)
+        self._seconds_before = self._train_seconds = 0.0
+        saved, name = load_checkpoint(self.folder, warn=say)
+        self._last_is_whole = name == LAST
         log_size = 0
         if saved is not None:
-            check_same_run(self.folder, saved, self.world_size, self.data_sha)
-            if saved["versions"] != run_folder.versions():
+            check_same_run(self.folder, saved, identity(self.cfg, False), self._must_stay())
+            if saved["versions"] != files.versions():
                 say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
             state.restore(saved["state"] | {"model": saved["model"]}, self.is_first)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
-            self._seconds_before, log_size = saved["seconds"], saved["log_size"]
+            self._seconds_before, self._train_seconds = saved["seconds"], saved["train_seconds"]
+            log_size = saved["log_size"]
             say(f"going on at step {self.step} of {self.total_steps}")
         if self.is_first:
-            self._record_start(fresh=saved is None)
-        self._started, self._first_step = time.monotonic(), self.step
+            if saved is None:
+                files.write_subset(self.folder, *self._subset)
+            files.write_config(self.folder, dataclasses.asdict(self.cfg))
+            files.add_provenance(self.folder, self.place, self.cfg.seed, self.step, self.data_sha)
+        self._started = time.monotonic()
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
         self._note = ""
-
-    def _record_start(self, fresh):
-        if fresh:
-            run_folder.write_subset(self.folder, *self._subset)
-        run_folder.add_provenance(
-            self.folder,
-            device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            machine=platform.machine(),
-            world_size=self.world_size,
-            seed=self.cfg.seed,
-            step=self.step,
-            data_sha256=self.data_sha,
-        )
 
     def epochs(self):
         """The epochs that are left."""
@@ -132,6 +122,7 @@ class Run:
         """(step, batch) of the current epoch, from where the run stands."""
         first = self.step - self.epochs_done * self.steps_per_epoch
         loader.batch_sampler.start(self.epochs_done, first)
+        self._mark = time.monotonic()
         for batch in batches(loader):
             yield self.step, batch
 
@@ -146,32 +137,25 @@ class Run:
         loss = all_reduce_mean(loss.detach().double())
         state.loss_sum = state.loss_sum + loss
         self.step += 1
+        self._train_seconds += time.monotonic() - self._mark
+        self._mark = time.monotonic()
         self._progress.update(self.cfg.optimization.batch_size, self._note)
         if self.step == 1 or self.step % self.cfg.run.log_every == 0:
             self._log_step(float(loss), lr, numbers)
         if self.stop.agreed():
             self._save(state)
             if self.is_first:
-                run_folder.write_status(
-                    self.folder, "preempted", f"signal {self.stop.received}", True
-                )
+                files.write_status(self.folder, "preempted", self.stop.name(), True)
             say(f"stopped at step {self.step}; the same command goes on from here")
             raise Stopped
         if self.step % self.cfg.run.checkpoint_every_steps == 0:
             self._save(state)
 
     def _log_step(self, loss, lr, numbers):
-        self._check_finite(loss)
+        check_finite(f"the loss at step {self.step}", loss)
         self._note = f"loss {loss:.4f}"
         record = {"loss": loss, "lr": lr} | {k: float(v) for k, v in numbers.items()}
         self._write("step", record)
-
-    def _check_finite(self, loss):
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step}; the last checkpoint stays. Lower "
-                "optimization.lr, or use optimization.precision=bf16 or fp32"
-            )
 
     def _write(self, kind, record):
         if self.is_first:
@@ -184,9 +168,8 @@ class Run:
         return self._seconds_before + time.monotonic() - self._started
 
     def samples_per_second(self):
-        """Images a second over all ranks since this start, validation included."""
-        done = (self.step - self._first_step) * self.cfg.optimization.batch_size
-        return done / max(time.monotonic() - self._started, 1e-9)
+        """Training images a second over all ranks and all starts, without validation."""
+        return self.step * self.cfg.optimization.batch_size / max(self._train_seconds, 1e-9)
 
     def validates(self, epoch):
         """Whether validation is due after this epoch."""
@@ -201,7 +184,7 @@ class Run:
         """
         val, label_free = validation or (None, None)
         loss = float(state.loss_sum) / self.steps_per_epoch
-        self._check_finite(loss)
+        check_finite(f"the loss at step {self.step}", loss)
         record = {"loss": loss}
         for name, scores in (("train", train), ("val", val), ("label_free", label_free)):
             if scores is not None:
@@ -221,22 +204,28 @@ class Run:
         content = state.capture()
         if not self.is_first:
             return
-        model = content.pop("model")
-        save_checkpoint(
-            self.folder,
-            {
-                "model": model,
-                "state": content,
-                "step": self.step,
-                "epochs_done": self.epochs_done,
-                "world_size": self.world_size,
-                "config": identity(self.cfg, with_paths=True),
-                "data_sha": self.data_sha,
-                "versions": run_folder.versions(),
-                "seconds": self.seconds(),
-                "log_size": self.log.size(),
-            },
-        )
+        for name in ("model", "probe", "loss_sum"):
+            check_finite(name, content[name])
+        self.log.sync()
+        content = {
+            "model": content.pop("model"),
+            "state": content,
+            "step": self.step,
+            "epochs_done": self.epochs_done,
+            "config": identity(self.cfg, with_paths=False),
+            **self._must_stay(),
+            "versions": files.versions(),
+            "seconds": self.seconds(),
+            "train_seconds": self._train_seconds,
+            "log_size": self.log.size(),
+        }
+        save_checkpoint(self.folder, content, keep_last=self._last_is_whole)
+        self._last_is_whole = True
+
+    def _must_stay(self):
+        """What a checkpoint must have been written with to be gone on from."""
+        device = self.device.type
+        return {"world_size": self.world_size, "data_sha": self.data_sha, "device": device}
 
     def finish(self, result):
         """Write result.json, last of all. result: scores as `Scoring.final` gives them."""
@@ -254,8 +243,8 @@ class Run:
                 "samples_per_second": self.samples_per_second(),
             }
             self.log.close()
-            run_folder.write_json(self.folder / run_folder.RESULT, content)
-            run_folder.write_status(self.folder, "finished")
-            say(f"{self.folder / run_folder.RESULT}: validation {summary(content)}")
+            files.write_json(self.folder / files.RESULT, content)
+            files.write_status(self.folder, "finished")
+            say(f"{self.folder / files.RESULT}: validation {summary(content)}")
         if self.world_size > 1:
             dist.barrier()

@@ -5,6 +5,7 @@ import csv
 import fcntl
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -58,12 +59,19 @@ def write_status(folder, state, why=None, retryable=None, **more):
     write_json(Path(folder) / STATUS, {k: v for k, v in content.items() if v is not None})
 
 
-def open_folder(folder, identity):
-    """Make or reopen a run folder and take its lock. Returns the lock, to be held for life.
+def set_status(folder, state):
+    """write_status, unless that is the state already and the run is at rest."""
+    if state != "finished" or (read_json(Path(folder) / STATUS) or {}).get("state") != state:
+        write_status(folder, state)
 
-    identity: the config as nested dicts, without the keys in which a run may be continued.
-    Raises UserError where another process holds it, it holds another config's run, or it cannot be
-    written.
+
+def open_folder(folder, identity, with_paths):
+    """Make or reopen a run folder and take its lock.
+
+    identity: the config as nested dicts, without the keys in which a run may be continued;
+    with_paths: the same with the paths of the data. Returns the lock, to be held for life, and
+    whether the run is finished. Raises UserError where another process holds it, it holds another
+    config's run, or a finished one of other files, or it cannot be written.
     """
     folder = Path(folder)
     try:
@@ -84,15 +92,16 @@ def open_folder(folder, identity):
     lock.write(json.dumps(owner))
     lock.flush()
 
-    path = folder / CONFIG
+    path, finished = folder / CONFIG, (folder / RESULT).exists()
     if path.exists() and holds_work(folder):
-        changed = differences(_like(read_yaml(path), identity), identity)
+        new = with_paths if finished else identity  # a checkpoint knows its data by hash
+        changed = differences(_like(read_yaml(path), new), new)
         if changed:
             raise UserError(
                 "\n  ".join([f"{folder} holds a run of another config:", *changed])
                 + "\nchoose another run.name, or delete the folder"
             )
-    return lock
+    return lock, finished
 
 
 def holds_work(folder):
@@ -109,10 +118,11 @@ def note_refused_config(values, why):
     if not isinstance(options, dict):
         return
     parent, name = options.get("output_dir"), options.get("name")
-    if not (isinstance(parent, str) and isinstance(name, str) and Path(name).name == name):
+    if not (isinstance(parent, str) and isinstance(name, str) and name == Path(name).name != ".."):
         return
     folder = Path(parent) / name
-    if not holds_work(folder):
+    state = (read_json(folder / STATUS) or {}).get("state", "queued")
+    if not holds_work(folder) and state in ("queued", "failed"):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_status(folder, "failed", why, False)
@@ -130,30 +140,40 @@ def write_config(folder, values):
     write_atomically(Path(folder) / CONFIG, yaml.safe_dump(values, sort_keys=False))
 
 
-def add_provenance(folder, **facts):
-    """Note one start of the run: what code, where, with which versions."""
+def add_provenance(folder, place, seed, step, data_sha):
+    """Note one start of the run: what code, on what, with which versions, from which step on.
+
+    place: rank, world size and device.
+    """
 
     def git(*args):
         here = Path(__file__).parent
         done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = None
+    commit = modified = None
     with contextlib.suppress(OSError):  # no git on this machine
         commit = git("rev-parse", "HEAD")
-        facts["git_modified"] = bool(git("status", "--porcelain", "-uno")) if commit else None
+        modified = bool(git("status", "--porcelain", "-uno")) if commit else None
+    device = torch.cuda.get_device_name() if place.device.type == "cuda" else platform.machine()
     path = Path(folder) / PROVENANCE
-    starts = (read_json(path) or {}).get("starts", [])
+    before = read_json(path) or {}
+    earlier = before.pop("earlier_starts", []) + ([before] if before else [])
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "argv": sys.argv,
         "python": sys.version.split()[0],
         "git_commit": commit,
+        "git_modified": modified,
         "versions": versions(),
-        **facts,
+        "device": device,
+        "world_size": place.world_size,
+        "seed": seed,
+        "step": step,
+        "data_sha256": data_sha,
     }
-    write_json(path, {"starts": [*starts, start]})
+    write_json(path, start | {"earlier_starts": earlier})
 
 
 def write_subset(folder, annotations, rows):

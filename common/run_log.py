@@ -1,6 +1,7 @@
 """What a run leaves for reading: log.jsonl, TensorBoard, and one picture of its views."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ class RunLog:
         for key, value in record.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def sync(self):
+        """On the disk before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
 
     def size(self):
         """Bytes of log.jsonl so far."""

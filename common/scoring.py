@@ -1,5 +1,6 @@
 """What a run is scored by: the online probe on train and val, the offline probe, label-free."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from common.annotations import Annotations
 from common.data import clean_loader
 from common.distributed import broadcast_buffers, world_size
-from common.keyed import SAMPLE, keyed_rng
+from common.keyed import FEATURE_ROWS, keyed_rng
 from common.metrics import all_scores, at_prevalence
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import evaluate
@@ -43,7 +44,7 @@ class Scoring:
         )
 
     def validate(self, model, probe):
-        """One clean pass over val. Returns (scores, label-free measures)."""
+        """One clean pass over val. Returns (scores, label-free measures, None but on rank 0)."""
         broadcast_buffers(model)
         device = self.place.device
         rows, features, embeddings = evaluate(
@@ -51,8 +52,10 @@ class Scoring:
         )
         logits = probe.cpu()(features).numpy()
         probe.to(device)
-        chosen = self._feature_rows(len(rows))
-        scores = self._val_scores(logits), label_free(features[chosen], embeddings[chosen])
+        chosen, measures = self._feature_rows(len(rows)), None
+        if self.place.rank == 0:  # nobody else writes them down
+            measures = label_free(features[chosen], embeddings[chosen])
+        scores = self._val_scores(logits), measures
         self._last = *scores, features, embeddings, logits
         return scores
 
@@ -62,7 +65,7 @@ class Scoring:
     @staticmethod
     def _feature_rows(n):
         """The fixed set that label-free measures are of: the same rows in every run."""
-        return np.sort(keyed_rng(SAMPLE, n).permutation(n)[:MOST_FEATURES])
+        return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:MOST_FEATURES])
 
     def final(self, model, probe, train_scores, folder):
         """Score for the last time; write val_scores.npz and features_val.npz. Returns a dict.
@@ -75,11 +78,17 @@ class Scoring:
         train_rows, train_features = self._offline_sample(model)
         if self.place.rank != 0:
             return None
+        threads = torch.get_num_threads()
+        if self.place.world_size > 1:  # torchrun gives each rank one thread, and the others wait
+            torch.set_num_threads(os.cpu_count())
         offline_logits, fit = offline_probe(
             train_features, self.train.defect[train_rows], features, self.pos_weight, self.seed
         )
-        offline = fit
-        if offline_logits is not None:
+        torch.set_num_threads(threads)
+        if offline_logits is None:
+            offline = dict.fromkeys(val_scores) | {"undefined": dict.fromkeys(val_scores, fit)}
+            offline |= {name: val_scores[name] for name in ("n", "n_defect")}
+        else:
             offline_logits = offline_logits.float().numpy()
             offline = self._val_scores(offline_logits) | fit
         self._write_arrays(Path(folder), features, embeddings, logits, offline_logits)

@@ -109,7 +109,8 @@ def _rank(rank, world_size, port, function, args, folder):
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def on_ranks(world_size, folder, function, *args):

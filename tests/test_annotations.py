@@ -35,7 +35,7 @@ def test_bom_crlf_quotes_and_unicode(tmp_path):
 
 
 def test_names_of_any_length_stay_whole_over_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.annotations._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("common.label_table._ROWS_AT_ONCE", 2)
     names = ["x" * n for n in (3, 1, 40, 2, 7)]
     a = read(tmp_path, "Filename,Defect\n" + "".join(f"{n},0\n" for n in names))
     assert [a.name(i) for i in range(5)] == names
@@ -84,6 +84,18 @@ def test_defect_must_be_any_of_the_17_where_all_17_are_there(tmp_path):
     row = ",0,0," + ",".join(["0"] * 17) + ",0,1\n"
     with pytest.raises(UserError, match="contradicts"):
         read(tmp_path, f"{SEWER_HEADER}\na{row}")
+
+
+def test_a_column_without_any_0_or_1_is_no_class(tmp_path):
+    a = read(tmp_path, "Filename,Video,RB,Date,Empty,Defect\na,v7,1,2020-01-01,,1\nb,v8,0,x,,0\n")
+    assert a.class_names == ("RB",) and a.classes.tolist() == [[True], [False]]
+
+
+def test_places_are_lines_of_the_file(tmp_path):
+    a = read(tmp_path, 'Filename,Video,Defect\na,x,1\n\n\nb,"two\nlines",0\nc,x,1\n')
+    assert [a.place(i).rsplit(":", 1)[1] for i in range(3)] == ["2", "6", "7"]
+    with pytest.raises(UserError, match="a.csv:5: Defect is '3'"):
+        read(tmp_path, "Filename,Defect\na,1\n\n\nb,3\n")
 
 
 def test_a_file_in_train_and_val_is_refused(tmp_path):

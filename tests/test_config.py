@@ -23,6 +23,11 @@ def test_overrides_are_parsed_as_yaml_and_the_last_wins():
     assert load("run.name=a b/c".replace("/", "_")).run.name == "a b_c"
 
 
+def test_overrides_may_stand_anywhere():
+    cfg = load_config(simclr.Config, ["seed=1", "--config", R18, "optimization.lr=0.2"])
+    assert cfg.seed == 1 and cfg.optimization.lr == 0.2
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().optimization.lr = 1.0
@@ -54,7 +59,8 @@ def test_a_config_cannot_be_changed():
         ("run.compile=yes", ["run.compile", "true | false", '"yes"']),
         ("run.name=../x", ["run.name", "one folder"]),
         ("backbone=resnet50", ["backbone", '"resnet18"']),
-        ("backbone=vit_tiny", ["patch_size"]),
+        ("patch_size=8", ["patch_size", "resnet18"]),
+        ("run.name=..", ["run.name", "one folder"]),
         ("method=byol", ["method", "simclr", "byol"]),
         ("optimization=3", ["optimization", "keys and values"]),
         ("optimization.lr.x=3", ["optimization.lr.x"]),

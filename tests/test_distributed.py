@@ -68,5 +68,18 @@ def test_on_cpu_fp16_is_fp32_and_bf16_is_bf16():
 
 def test_a_model_on_one_cpu_stays_bare():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert to_device(model, CPU) is model and wrap(model, CPU, "auto") is model
+    assert to_device(model, CPU) is model and wrap(model, CPU, "auto", False) is model
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
+def test_on_cuda_batchnorm_is_over_all_ranks_and_memory_is_channels_last(monkeypatch):
+    monkeypatch.setattr("common.distributed.world_size", lambda: 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    monkeypatch.setattr(nn.Module, "to", _to_memory_format_only)
+    placed = to_device(model, torch.device("cuda", 0))
+    assert isinstance(placed[1], nn.SyncBatchNorm)
+    assert placed[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _to_memory_format_only(self, device=None, memory_format=None, _to=nn.Module.to):
+    return self if memory_format is None else _to(self, memory_format=memory_format)

@@ -32,12 +32,12 @@ def test_is_torchs_sgd_on_torchs_loss_over_the_labelled():
             labels[keep].float().expand(2, -1),
             pos_weight=torch.tensor(3.0),
         )
-        torch.testing.assert_close(probe.loss(before, labels), loss.detach())
         sgd.param_groups[0]["lr"] = lr
         sgd.zero_grad()
         loss.backward()
         sgd.step()
         torch.testing.assert_close(probe.step(features, labels, lr), before)
+        torch.testing.assert_close(probe.loss, loss.detach())
         expected = torch.cat([layer.weight[0], layer.bias]).detach()
         torch.testing.assert_close(probe.weight, expected)
 
@@ -48,7 +48,9 @@ def test_without_a_label_nothing_happens():
     before = {k: v.clone() for k, v in probe.state_dict().items()}
     features, labels = batch(1)
     logits = probe.step(features, torch.full_like(labels, -1), lr=0.1)
-    assert torch.isfinite(logits).all() and probe.loss(logits, torch.full_like(labels, -1)) == 0
+    assert torch.isfinite(logits).all() and probe.loss == 0
+    features[0, 0, 0] = float("inf")  # an overflow of the encoder
+    probe.step(features, labels, lr=0.1)
     for name, value in probe.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -131,7 +133,8 @@ def regression_set(seed=0, n=300, dim=12):
 @pytest.mark.parametrize("l2", [1e-4, 1e-2, 1.0])
 def test_the_offline_fit_is_scikit_learns(l2):
     x, y = regression_set()
-    ours = fit_logistic(x, y, l2, pos_weight=2.0)
+    ours, converged = fit_logistic(x, y, l2, pos_weight=2.0)
+    assert converged
     theirs = LogisticRegression(C=1 / (l2 * len(y)), tol=1e-10, max_iter=10000)
     theirs.fit(x.numpy(), y.numpy(), sample_weight=np.where(y == 1, 2.0, 1.0))
     np.testing.assert_allclose(ours[:-1].numpy(), theirs.coef_[0], atol=1e-4)
@@ -152,7 +155,9 @@ def test_the_offline_probe_ranks_unseen_images_and_chooses_l2_on_train_alone():
 def test_too_few_rows_for_a_fit_are_said():
     x, _ = regression_set(n=5)
     logits, why = offline_probe(x, np.array([0, 0, 0, 0, 1]), x, 1.0, 0)
-    assert logits is None and "1 defect" in why["undefined"]
+    assert logits is None and "1 defect" in why
+    x, y = regression_set(n=4)
+    assert offline_probe(x, np.array([0, 0, 1, 1]), x, 1.0, 0)[1]["converged"]  # two folds
 
 
 def test_the_sample_for_the_fit_is_stratified_and_labelled():
@@ -160,3 +165,5 @@ def test_the_sample_for_the_fit_is_stratified_and_labelled():
     rows = stratified_sample(defect, 200, seed=0)
     assert (defect[rows] == 0).sum() == 180 and (defect[rows] == 1).sum() == 20
     assert len(stratified_sample(defect, 10**6, seed=0)) == 1000
+    assert len(stratified_sample(np.repeat([0, 1], [501, 500]), 400, seed=0)) == 400
+    assert len(stratified_sample(np.full(5, -1), 400, seed=0)) == 0

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def run(tmp_path, tiny_set, name, *overrides):
     return tmp_path / name
 
 
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second")  # all that may differ
 
 
 def outcome(folder):
@@ -353,20 +354,121 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
 def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):
     argv = [*CONFIG, *tiny_set, *TINY, f"run.output_dir={tmp_path}", "run.name=locked"]
     cfg = load_config(simclr.Config, argv)
-    lock = open_folder(tmp_path / "locked", identity(cfg, with_paths=False))
+    lock, _ = open_folder(tmp_path / "locked", identity(cfg, False), identity(cfg, True))
     done = python("simclr.py", *argv)
     lock.close()
     assert done.returncode == 2 and f'"pid": {os.getpid()}' in done.stderr
 
 
-def test_other_data_in_the_same_folder_is_refused(tmp_path, tiny_set, monkeypatch, capsys):
-    other = write_set(tmp_path / "other", seed=1, n_train=80)
+def unfinished(tmp_path, tiny_set, monkeypatch, name):
+    """A run with a checkpoint behind its last epoch, but without a result."""
     monkeypatch.setattr(simclr.Run, "finish", lambda self, result: sys.exit(75))
     with pytest.raises(SystemExit):
-        run(tmp_path, tiny_set, "data")
+        run(tmp_path, tiny_set, name)
     monkeypatch.undo()
-    subset = (tmp_path / "data/train_subset.csv").read_text()
+    return tmp_path / name
+
+
+def files_of(folder):
+    files = [p for p in folder.iterdir() if p.is_file() and p.name not in ("lock", "status.json")]
+    return {p.name: p.read_bytes() for p in files}
+
+
+def test_other_data_in_the_same_folder_is_refused(tmp_path, tiny_set, monkeypatch, capsys):
+    other = write_set(tmp_path / "other", seed=1, n_train=80)
+    folder = unfinished(tmp_path, tiny_set, monkeypatch, "data")
+    before = files_of(folder)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, other, "data")
-    assert stop.value.code == 2 and "other data" in capsys.readouterr().err
-    assert (tmp_path / "data/train_subset.csv").read_text() == subset
+    assert stop.value.code == 2 and "data_sha" in capsys.readouterr().err
+    assert files_of(folder) == before
+    run(tmp_path, tiny_set, "data")  # finished: known by the paths
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, other, "data")
+    assert stop.value.code == 2 and "data.train_csv" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny_set, monkeypatch, capsys):
+    folder = unfinished(tmp_path, tiny_set, monkeypatch, "mine")
+    (tmp_path / "copy").mkdir()
+    for name in ("last.pt", "log.jsonl"):
+        shutil.copy(folder / name, tmp_path / "copy")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, tiny_set, "copy", "optimization.lr=0.1")
+    assert stop.value.code == 2 and "optimization.lr: 0.3 -> 0.1" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
+    tmp_path, tiny_set, monkeypatch, capsys
+):
+    loss = simclr.nt_xent_loss
+    calls = []
+
+    def failing(z0, z1, temperature):
+        calls.append(1)
+        return loss(z0, z1, temperature) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(simclr, "nt_xent_loss", failing)
+    for log_every in (1, 50):  # noticed where it is logged, or where features are scored
+        calls.clear()
+        overrides = [f"run.log_every={log_every}", "run.checkpoint_every_steps=2"]
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, tiny_set, f"nan{log_every}", *overrides)
+        assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+        assert read_checkpoint(tmp_path / f"nan{log_every}/last.pt")["step"] == 2
+
+
+def test_without_any_label_there_are_features_but_no_scores(tmp_path):
+    nothing_known = write_set(tmp_path / "set", unlabelled=64)
+    overrides = [*nothing_known, "data.train_defect_proportion=null"]
+    result = read_json(run(tmp_path, overrides, "blind", *overrides) / "result.json")
+    assert result["train_rows"]["unlabelled"] == 64 and result["val"]["n"] == 24
+    assert set(result["val_offline"]) >= {"auroc", "f1", "undefined", "n"}
+    assert result["val_offline"]["auroc"] is None and result["train"]["auroc"] is None
+    assert "too few" in result["val_offline"]["undefined"]["auroc"]
+    assert result["label_free"]["rankme"] > 1
+
+
+def three_ranks(argv, stop):
+    if stop:
+        original = simclr.Run.end_step
+
+        def stopping(self, *args, **kwargs):
+            if self.step == 1 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args, **kwargs)
+
+        simclr.Run.end_step = stopping
+    try:
+        simclr.main(argv)
+    except SystemExit as end:
+        return [torch.tensor(end.code)]
+    finally:
+        if stop:
+            simclr.Run.end_step = original
+    return [torch.tensor(0)]
+
+
+def test_three_ranks_stop_together_and_go_on_bit_for_bit(tmp_path, tiny_set):
+    def ranks(name, stop):
+        argv = [*CONFIG, *tiny_set, *TINY, f"run.output_dir={tmp_path}", f"run.name={name}"]
+        argv += ["optimization.batch_size=18"]
+        codes = on_ranks(3, tmp_path / "r", three_ranks, argv, stop)
+        return [int(code[0]) for code in codes]
+
+    assert ranks("whole", stop=False) == [0, 0, 0]
+    assert ranks("stopped", stop=True) == [75, 75, 75]
+    assert ranks("stopped", stop=False) == [0, 0, 0]
+    for ours, whole in zip(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"), strict=True):
+        assert ours == whole
+
+
+def test_an_image_that_one_rank_cannot_read_is_one_message(tmp_path):
+    overrides = write_set(tmp_path / "set", n_train=32)
+    (tmp_path / "set/images/train_0007.png").write_bytes(b"junk")
+    argv = ["simclr.py", *CONFIG, *overrides, *TINY, f"run.output_dir={tmp_path}", "run.name=bad"]
+    done = torchrun(*argv, "data.train_defect_proportion=null")
+    assert done.stderr.count("error: ") == 1 and "train_0007.png" in done.stderr
+    assert "simclr.py" not in done.stderr.replace("simclr.py FAILED", "")  # no traceback of ours
+    status = read_json(tmp_path / "bad/status.json")
+    assert status["state"] == "failed" and "train_0007.png" in status["why"]

@@ -3,6 +3,7 @@
 python tests/test_skeleton.py --fix     copies simclr.py's fenced blocks into the others
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -44,7 +45,10 @@ def test_fences_are_closed_and_only_call(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_importing_a_script_does_nothing(name):
-    assert 'if __name__ == "__main__":\n    main()\n' in source(name)
+    docstring, *body, guard = ast.parse(source(name)).body
+    assert isinstance(docstring.value, ast.Constant)
+    assert {type(n) for n in body} <= {ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef}
+    assert ast.unparse(guard) == "if __name__ == '__main__':\n    main()"
 
 
 def fix():
