@@ -1,9 +1,10 @@
-# make demo: a trained, scored model from a fresh machine. make test: its tests. Both install first.
+# make demo [SEED=N]: a trained, scored model from a fresh machine. make test: the tests. Both
+# install first.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 SEED ?= 0
-DEMO ?= demo
+DEMO ?= $(if $(filter 0,$(SEED)),demo,demo/seed$(SEED))
 SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \
       data.val_csv=$(DEMO)/set/SewerML_Val.csv run.output_dir=$(DEMO)/runs
 
