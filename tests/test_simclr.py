@@ -418,6 +418,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
         assert read_checkpoint(tmp_path / f"nan{log_every}/last.pt")["step"] == 2
 
 
+def test_a_fault_is_worth_retrying(tmp_path, tiny_set, monkeypatch, capsys):
+    def failing(z0, z1, temperature):
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setattr(simclr, "nt_xent_loss", failing)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, tiny_set, "fault")
+    assert stop.value.code == 3 and "Traceback" in capsys.readouterr().err
+    status = read_json(tmp_path / "fault/status.json")
+    assert status["state"] == "failed" and status["retryable"] is True
+    assert "the device fell off" in status["why"]
+
+
 def test_without_any_label_there_are_features_but_no_scores(tmp_path):
     nothing_known = write_set(tmp_path / "set", unlabelled=64)
     overrides = [*nothing_known, "data.train_defect_proportion=null"]
