@@ -9,7 +9,7 @@ EPSILON = 1e-7  # of the original, added to each p_k
 def rankme(z, centre=False):
     """RankMe, Eq. 1 of arXiv:2210.02885: exp of the entropy of the normalised singular values.
 
-    z: (N, D), tensor or array. The original does not centre. Returns a float from 1 to about min(N, D).
+    z: (N, D), tensor or array. The original does not centre. Returns a float, 1 to about min(N, D).
     """
     z = torch.as_tensor(z).detach().double()
     if centre:

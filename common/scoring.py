@@ -86,8 +86,9 @@ class Scoring:
         )
         torch.set_num_threads(threads)
         if offline_logits is None:
-            offline = dict.fromkeys(val_scores) | {"undefined": dict.fromkeys(val_scores, fit)}
-            offline |= {name: val_scores[name] for name in ("n", "n_defect")}
+            counts = {name: val_scores[name] for name in ("n", "n_defect")}
+            names = [name for name in val_scores if name not in (*counts, "undefined")]
+            offline = dict.fromkeys(names) | counts | {"undefined": dict.fromkeys(names, fit)}
         else:
             offline_logits = offline_logits.float().numpy()
             offline = self._val_scores(offline_logits) | fit
