@@ -1,5 +1,6 @@
 """A process from start to exit: torchrun's environment, device, signals, errors and exit codes."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -17,7 +18,7 @@ from common.progress import say
 from common.run_folder import note_refused_config
 
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
-SECONDS_FOR_FIRST_RANK = 20
+SECONDS_FOR_OTHER_RANKS = 20
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
 
 
@@ -126,6 +127,11 @@ def entry_point(main):
                 signal.signal(*_handlers.popitem())
         if dist.is_initialized() and code == DONE:
             dist.destroy_process_group()
+        if code == USER_ERROR and dist.is_initialized():
+            # torchrun ends all ranks once one is gone, and Python takes its time to leave: at once,
+            # so that each rank has the exit code that is its own.
+            sys.stderr.flush()
+            os._exit(code)
         if code != DONE:
             sys.exit(code)
 
@@ -143,8 +149,8 @@ def _run(main, argv):
         if isinstance(error, ConfigError) and is_first:
             note_refused_config(error.values, str(error))
         _report("failed", str(error), False)
-        if not (error.one_rank or is_first or dist.is_initialized()):
-            _wait_for_first_rank()
+        if not error.one_rank:
+            _wait_for_other_ranks(is_first)
         return USER_ERROR
     except Finished:
         return DONE
@@ -168,7 +174,16 @@ def _report(state, why, retryable):
     return _at_exit[0](state, why, retryable) if _at_exit else {}
 
 
-def _wait_for_first_rank():
-    """Let rank 0 speak before this rank ends: torchrun ends all ranks as soon as one does."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))
-    time.sleep(SECONDS_FOR_FIRST_RANK)
+def _wait_for_other_ranks(is_first):
+    """Let all ranks come to the error that they share, and rank 0 speak, before any ends.
+
+    torchrun ends all ranks as soon as one does, and a rank that is gone breaks the others'
+    collectives.
+    """
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a rank is elsewhere, or gone: no reason to wait
+            meeting = dist.all_reduce(torch.zeros(1), async_op=True)
+            meeting.wait(timedelta(seconds=SECONDS_FOR_OTHER_RANKS))
+    elif not is_first:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))
+        time.sleep(SECONDS_FOR_OTHER_RANKS)

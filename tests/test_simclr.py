@@ -347,7 +347,7 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
     for override in ("data.train_csv=none.csv", "optimization.lrr=1"):
         done = torchrun(*argv, override)
         assert done.returncode == 1  # torchrun's own
-        assert done.stderr.count("error: ") == 1 and "exitcode  : 2" in done.stderr
+        assert done.stderr.count("error: ") == 1 and "exitcode  : 2" in done.stderr, done.stderr
         assert read_json(tmp_path / "wrong/status.json")["state"] == "failed"
 
 
