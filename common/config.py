@@ -84,7 +84,7 @@ NOT_IDENTITY = {
     "run": ("output_dir", "name", "log_every", "checkpoint_every_steps"),
     "data": ("num_workers",),
 }
-PATHS = ("image_root", "train_csv", "val_csv")  # of `data`; what they hold is compared by hash
+PATHS = ("image_root", "train_csv", "val_csv")  # of `data`; rows and labels are compared by hash
 
 
 def _cross_checks(cfg):
