@@ -22,17 +22,7 @@ from common.annotations import check_disjoint, read_annotations
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
 from common.checkpoint import TrainState
-from common.config import (
-    Augmentation,
-    Count,
-    Data,
-    NonNegativeInt,
-    Optimization,
-    Positive,
-    Probe,
-    RunOptions,
-    load_config,
-)
+from common.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
 from common.data import build_loaders
 from common.distributed import all_gather_with_grad, mixed_precision, to_device, wrap
 from common.optim import build_optimizer, set_lr
@@ -41,7 +31,8 @@ from common.process import entry_point
 from common.run import Run
 from common.sampler import EpochSampler, imbalanced_indices
 from common.schedules import cosine, warmup_cosine
-from common.scoring import Scoring, rows_of_rank
+from common.schema import Count, NonNegativeInt, Positive
+from common.scoring import Scoring
 
 # ============================== config ==============================
 
@@ -65,6 +56,7 @@ class Config:
     probe: Probe
     run: RunOptions
     patch_size: Count | None = None  # pixels, vit_tiny only; null: the backbone's own, 16
+    num_heads: Count | None = None  # vit_tiny only; null: the backbone's own, 3
 
 
 # =============================== loss ===============================
@@ -119,7 +111,7 @@ class SimCLR(nn.Module):
 def main(argv=None):
     # --- shared: setup ---
     cfg = load_config(Config, argv)
-    data, opt = cfg.data, cfg.optimization
+    data, opt, frozen = cfg.data, cfg.optimization, cfg.run.frozen_encoder
     run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
     train, val = read_annotations(data.train_csv), read_annotations(data.val_csv)
     check_disjoint(train, val)
@@ -135,17 +127,12 @@ def main(argv=None):
 
     # --- shared: data and backbone ---
     train_loader, val_loader = build_loaders(
-        data.image_root,
-        train,
-        sampler,
-        crops,
-        val,
-        rows_of_rank(len(val)),
-        data.num_workers,
-        pin_memory=run.device.type == "cuda",
+        data.image_root, train, sampler, crops, val, data.num_workers, run.device
     )
     augment = ColorJitterNormalize(cfg.seed).to(run.device)
-    backbone, feature_dim = build_backbone(cfg.backbone, data.image_size, cfg.patch_size)
+    backbone, feature_dim = build_backbone(
+        cfg.backbone, data.image_size, cfg.patch_size, cfg.num_heads
+    )
     # --- end shared ---
 
     ssl = cfg.ssl_settings
@@ -162,7 +149,8 @@ def main(argv=None):
         opt.exclude_bias_and_norm,
         opt.trust_coefficient,
     )
-    model.requires_grad_(not cfg.run.frozen_encoder)
+    if frozen:
+        model.requires_grad_(False)
     weight = pos_weight(cfg.probe.pos_weight, train.defect[rows])
     probe = LinearProbe(feature_dim, cfg.probe.momentum, cfg.probe.weight_decay, weight)
     probe = probe.to(run.device)
@@ -177,7 +165,7 @@ def main(argv=None):
     # --- end shared ---
 
     for epoch in run.epochs():
-        model.train(not cfg.run.frozen_encoder)
+        model.train(not frozen)
         for step, batch in run.steps(train_loader):  # goes on in mid-epoch after a resume
             # --- shared: batch ---
             batch = batch.to(run.device)
@@ -194,21 +182,25 @@ def main(argv=None):
 
             # --- shared: backward ---
             optimizer.zero_grad(set_to_none=True)
-            if not cfg.run.frozen_encoder:
+            if not frozen:
                 scaler.scale(loss).backward()
             # --- end shared ---
 
             # --- shared: update ---
-            if not cfg.run.frozen_encoder:
+            if not frozen:
                 scaler.step(optimizer)
                 scaler.update()
             # --- end shared ---
 
-            # --- shared: probe, log, save ---
+            # --- shared: probe ---
             probe_lr = cosine(step, run.total_steps, cfg.probe.lr, 0.0)
             logits = probe.step(h.detach().float(), batch.label, probe_lr)
+            # --- end shared ---
+
+            # --- shared: log, save ---
             state.scores.add(batch.row, logits)
-            run.end_step(state, loss, lr, views, probe_lr=probe_lr, probe_loss=probe.loss)
+            rates = {"lr": lr, "probe_lr": probe_lr}
+            run.end_step(state, loss, probe.loss, rates, views, z.detach())
             # --- end shared ---
 
         # --- shared: epoch end ---

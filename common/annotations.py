@@ -142,3 +142,13 @@ def check_disjoint(train, val):
             f"{train.path} and {val.path} share {len(both)} file names, such as {shown}: "
             "validation would see training images"
         )
+
+
+def subset_text(normal, defect, unlabelled, validation):
+    """Numbers of images in words."""
+    share = defect / max(normal + defect, 1)
+    text = f"train: {normal} normal, {defect} defect ({share:.2%} of the labelled), "
+    text += f"{unlabelled} not labelled; validation: {validation} images"
+    if unlabelled:
+        text += "\npre-training sees the unlabelled images too, so another mix than that proportion"
+    return text

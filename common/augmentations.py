@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.keyed import JITTER_ORDER, VIEW, keyed_rng
+from common.keyed import JITTER_ORDER, MASK, VIEW, keyed_rng
 
 # Sewer-ML's channel statistics; the study uses them, and so does its released code.
 MEAN = (0.523, 0.453, 0.345)
@@ -55,14 +55,18 @@ def draw_crop(rng, width, height, min_scale):
 class CropViews:
     """V random crops of an image and the factors of what the device is to do with them."""
 
-    def __init__(self, image_size, min_scale, t_val, flip_prob, num_views, seed):
-        """image_size: pixels. t_val: brightness, contrast and saturation; hue is half of it."""
+    def __init__(self, image_size, min_scale, t_val, flip_prob, num_views, seed, noise_size=0):
+        """image_size: pixels. t_val: brightness, contrast and saturation; hue is half of it.
+
+        noise_size: uniform random numbers a view, for whoever masks it.
+        """
         self.image_size, self.min_scale, self.t_val = image_size, min_scale, t_val
         self.flip_prob, self.num_views, self.seed = flip_prob, num_views, seed
+        self.noise_size = noise_size
 
     def __call__(self, image, epoch, row):
-        """PIL RGB image -> views (V, 3, S, S) uint8, factors (V, 5) float32."""
-        views, factors = [], []
+        """PIL RGB image -> views (V, 3, S, S) uint8, factors (V, 5) and noise (V, L) float32."""
+        views, factors, noise = [], [], []
         for view in range(self.num_views):
             rng = keyed_rng(VIEW, self.seed, epoch, row, view)
             left, top, w, h = draw_crop(rng, *image.size, self.min_scale)
@@ -72,7 +76,10 @@ class CropViews:
             colour = rng.uniform(1 - t, 1 + t, 3)
             hue = rng.uniform(-t / 2, t / 2)
             factors.append([*colour, hue, rng.random() < self.flip_prob])
-        return torch.stack(views), torch.tensor(factors, dtype=torch.float32)
+            rng = keyed_rng(MASK, self.seed, epoch, row, view)
+            noise.append(rng.random(self.noise_size, dtype=np.float32))
+        factors = torch.tensor(factors, dtype=torch.float32)
+        return torch.stack(views), factors, torch.from_numpy(np.stack(noise))
 
 
 # The four operations as in torchvision.transforms.v2.functional, for a batch.

@@ -7,19 +7,22 @@ import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from common.errors import ConfigError
-from common.schema import Range, build, parse_yaml, read_yaml
-
-Count = Annotated[int, Range(1)]
-NonNegativeInt = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, open=True)]
-NonNegative = Annotated[float, Range(0)]
-Proportion = Annotated[float, Range(0, 1)]
-InnerProportion = Annotated[float, Range(0, 1, open=True)]
-Share = Annotated[float, Range(1e-6, 1)]  # of something that must not be empty
-Momentum = Annotated[float, Range(0, 0.9999)]
+from common.schema import (
+    Count,
+    InnerProportion,
+    Momentum,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Proportion,
+    Share,
+    build,
+    parse_yaml,
+    read_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ NOT_IDENTITY = {
     "run": ("output_dir", "name", "log_every", "checkpoint_every_steps"),
     "data": ("num_workers",),
 }
+VIT_PATCH, VIT_WIDTH = 16, 192  # of vit_tiny_patch16_224
 PATHS = ("image_root", "train_csv", "val_csv")  # of `data`; rows and labels are compared by hash
 
 
@@ -94,11 +98,15 @@ def _cross_checks(cfg):
         yield f"optimization.warmup_epochs: {opt.warmup_epochs} is more than epochs, {opt.epochs}"
     if (opt.optimizer == "lars") != (opt.trust_coefficient is not None):
         yield "optimization.trust_coefficient: a number with lars, null with adamw"
-    if cfg.patch_size and cfg.backbone != "vit_tiny":
-        yield f"patch_size: null with backbone {cfg.backbone}, which has no patches"
-    elif cfg.patch_size and cfg.data.image_size % cfg.patch_size:
-        size, patch = cfg.data.image_size, cfg.patch_size
+    if cfg.backbone != "vit_tiny":
+        for key in ("patch_size", "num_heads"):
+            if getattr(cfg, key):
+                yield f"{key}: null with backbone {cfg.backbone}, which has none"
+    elif cfg.data.image_size % (cfg.patch_size or VIT_PATCH):
+        size, patch = cfg.data.image_size, cfg.patch_size or VIT_PATCH
         yield f"data.image_size: {size} is no multiple of patch_size, {patch}"
+    if cfg.num_heads and VIT_WIDTH % cfg.num_heads:
+        yield f"num_heads: {cfg.num_heads} does not divide the width, {VIT_WIDTH}"
     if cfg.run.name and (Path(cfg.run.name).name != cfg.run.name or cfg.run.name == ".."):
         yield f"run.name: expected the name of one folder, got '{cfg.run.name}'"
 

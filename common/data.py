@@ -25,6 +25,7 @@ class Batch(NamedTuple):
 
     views: torch.Tensor  # (B, V, 3, S, S) uint8 crops
     factors: torch.Tensor  # (B, V, 5) float32: brightness, contrast, saturation, hue, flip
+    noise: torch.Tensor  # (B, V, L) float32, uniform from 0 to 1: for whoever masks the views
     label: torch.Tensor  # (B,) int8: 1 defect, 0 normal, -1 not labelled
     row: torch.Tensor  # (B,) int64 rows of the annotations
 
@@ -101,10 +102,10 @@ class TrainImages(_Rows):
     def __getitem__(self, key):
         epoch, row = key
         try:
-            views, factors = self.crop_views(self.read(row), epoch, row)
+            drawn = self.crop_views(self.read(row), epoch, row)
         except ImageError as error:
             return error
-        return Batch(views, factors, self.annotations.defect[row], row)
+        return Batch(*drawn, self.annotations.defect[row], row)
 
 
 class CleanImages(_Rows):
@@ -158,13 +159,14 @@ def clean_loader(image_root, annotations, rows, image_size, batch_size, num_work
     return _loader(dataset, num_workers, pin_memory, batch_size=batch_size)
 
 
-def build_loaders(
-    image_root, train, train_sampler, crop_views, val, val_rows, num_workers, pin_memory
-):
+def build_loaders(image_root, train, train_sampler, crop_views, val, num_workers, device):
     """Training loader (yields Batch) and validation loader (clean images) of one rank.
 
-    train, val: Annotations. train_sampler: an EpochSampler. val_rows: this rank's rows of val.
+    train, val: Annotations. train_sampler: an EpochSampler. Every image of val is in exactly one
+    rank's share, without padding.
     """
+    val_rows = np.arange(train_sampler.rank, len(val), train_sampler.world_size)
+    pin_memory = device.type == "cuda"
     root = Path(image_root)
     if not root.is_dir():
         raise UserError(f"data.image_root: {root} is no folder")

@@ -63,6 +63,11 @@ def all_reduce_mean(x):
     return x if world_size() == 1 else _AllReduceMean.apply(x)
 
 
+def all_reduce_means(numbers):
+    """{name: float or scalar tensor of this rank} -> {name: float}, the means over ranks."""
+    return {k: float(all_reduce_mean(torch.as_tensor(v).double())) for k, v in numbers.items()}
+
+
 def all_reduce_sum_(x):
     """Sum of x over ranks, in place, without autograd."""
     if world_size() > 1:

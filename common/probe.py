@@ -47,6 +47,11 @@ class LinearProbe(nn.Module):
         return features @ self.weight[:-1] + self.weight[-1]
 
     @torch.no_grad()
+    def follow(self, head):
+        """Take over a head's weights, where a method has its own. head: nn.Linear(D, 1)."""
+        self.weight.copy_(torch.cat([head.weight[0], head.bias]))
+
+    @torch.no_grad()
     def step(self, features, labels, lr):
         """One SGD step on binary cross-entropy with pos_weight, averaged over labelled samples.
 

@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from common.distributed import all_reduce_mean
+
 EPSILON = 1e-7  # of the original, added to each p_k
+COLLAPSED = 0.01  # an embedding std below this is a collapse
 
 
 def rankme(z, centre=False):
@@ -17,6 +20,23 @@ def rankme(z, centre=False):
     s = torch.linalg.svdvals(z)
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + EPSILON
     return float(torch.exp(-(p * p.log()).sum()))
+
+
+def embedding_std(embeddings):
+    """Std over all ranks' images of L2-normalised embeddings, mean over dimensions, times sqrt(K).
+
+    embeddings: (V, B, K) of a rank. Each view alone, then their mean: what the views of one image
+    share must not count. 1 is healthy, 0 collapsed. All ranks call it and get the same float.
+    """
+    unit = F.normalize(embeddings.double(), dim=-1)
+    mean = all_reduce_mean(unit.mean(dim=1, keepdim=True))
+    variance = all_reduce_mean((unit - mean).square().mean(dim=1))  # (V, K)
+    return float(variance.sqrt().mean()) * embeddings.shape[-1] ** 0.5
+
+
+def is_collapsed(std, notes):
+    """std: an embedding_std; notes: a method's own numbers, maybe with its own `collapsed`."""
+    return std < COLLAPSED or notes.get("collapsed", 0.0) > 0.5
 
 
 def label_free(features, embeddings):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import run_folder as files
-from common.annotations import count_labels
+from common.annotations import count_labels, subset_text
 from common.checkpoint import (
     LAST,
     check_finite,
@@ -17,7 +17,7 @@ from common.checkpoint import (
 )
 from common.config import identity, run_name
 from common.data import batches
-from common.distributed import all_reduce_mean
+from common.distributed import all_reduce_mean, all_reduce_means
 from common.process import (
     Finished,
     Stopped,
@@ -27,7 +27,8 @@ from common.process import (
     start_process,
 )
 from common.progress import Progress, clock, say
-from common.run_log import RunLog
+from common.rankme import embedding_std, is_collapsed
+from common.run_log import RunLog, epoch_line, epoch_record
 from common.scoring import summary
 
 
@@ -76,14 +77,7 @@ class Run:
         self._subset = train, rows
         self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
         self.counts = count_labels(train.defect[rows])
-        normal, defect, unlabelled = self.counts.values()
-        say(
-            f"{self.folder}\ntrain: {normal} normal, {defect} defect "
-            f"({defect / max(normal + defect, 1):.2%} of the labelled), {unlabelled} not labelled; "
-            f"validation: {len(val)} images"
-        )
-        if unlabelled:
-            say("pre-training also sees the unlabelled images, so another mix than that proportion")
+        say(f"{self.folder}\n{subset_text(**self.counts, validation=len(val))}")
 
     def resume(self, state, steps_per_epoch):
         """Restore the newest checkpoint, if any, into state (a TrainState); open the logs."""
@@ -112,7 +106,7 @@ class Run:
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
-        self._note = ""
+        self._note, self._notes = "", {}
 
     def epochs(self):
         """The epochs that are left."""
@@ -126,11 +120,19 @@ class Run:
         for batch in batches(loader):
             yield self.step, batch
 
-    def end_step(self, state, loss, lr, views, **numbers):
+    def note(self, **numbers):
+        """More about this step than all methods share, logged as means over ranks.
+
+        numbers: floats or scalar tensors of this rank. `collapsed`: 1 where the method itself sees
+        that its output no longer depends on the image.
+        """
+        self._notes = numbers
+
+    def end_step(self, state, loss, probe_loss, rates, views, embeddings):
         """After each update: sum the loss, log now and then, save now and then, stop if asked to.
 
-        loss: this rank's; numbers: tensors or floats of the step to log beside it, the same on all
-        ranks. views: (V, B, 3, S, S), shown once.
+        loss: this rank's; probe_loss: the same on all ranks; rates: learning rates by name.
+        views: (V, B, 3, S, S), shown once; embeddings: (V, B, K).
         """
         if self.step == 0 and self.is_first:
             self.log.show_views(views)
@@ -140,8 +142,9 @@ class Run:
         self._train_seconds += time.monotonic() - self._mark
         self._mark = time.monotonic()
         self._progress.update(self.cfg.optimization.batch_size, self._note)
-        if self.step == 1 or self.step % self.cfg.run.log_every == 0:
-            self._log_step(float(loss), lr, numbers)
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if self.step == 1 or self.step % self.cfg.run.log_every == 0 or ends_epoch:
+            self._log_step(float(loss), float(probe_loss), rates, embeddings, ends_epoch)
         if self.stop.agreed():
             self._save(state)
             if self.is_first:
@@ -151,11 +154,14 @@ class Run:
         if self.step % self.cfg.run.checkpoint_every_steps == 0:
             self._save(state)
 
-    def _log_step(self, loss, lr, numbers):
+    def _log_step(self, loss, probe_loss, rates, embeddings, ends_epoch):
         check_finite(f"the loss at step {self.step}", loss)
         self._note = f"loss {loss:.4f}"
-        record = {"loss": loss, "lr": lr} | {k: float(v) for k, v in numbers.items()}
-        self._write("step", record)
+        std, notes = embedding_std(embeddings), all_reduce_means(self._notes)
+        record = {"loss": loss, "probe_loss": probe_loss, **rates, "embedding_std": std}
+        self._write("step", record | {"diagnostics": notes})
+        if ends_epoch and not self.cfg.run.frozen_encoder and is_collapsed(std, notes):
+            say(f"warning: collapsed, the output hardly depends on the image: {record | notes}")
 
     def _write(self, kind, record):
         if self.is_first:
@@ -185,17 +191,12 @@ class Run:
         val, label_free = validation or (None, None)
         loss = float(state.loss_sum) / self.steps_per_epoch
         check_finite(f"the loss at step {self.step}", loss)
-        record = {"loss": loss}
-        for name, scores in (("train", train), ("val", val), ("label_free", label_free)):
-            if scores is not None:
-                record |= {f"{name}_{k}": v for k, v in scores.items() if k != "undefined"}
+        record = epoch_record(loss, {"train": train, "val": val, "label_free": label_free})
         self._write("epoch", record)
-        shown = [f"epoch {self.epochs_done + 1}/{self.cfg.optimization.epochs}: loss {loss:.4f}"]
-        for name, scores in (("train", train), ("val", val)):
-            if scores is not None and scores["auroc"] is not None:
-                shown.append(f"{name} F1 {scores['f1']:.3f} AUROC {scores['auroc']:.3f}")
-        say(", ".join([*shown, clock(self.seconds())]))
         self.epochs_done += 1
+        line = epoch_line(loss, {"train": train, "val": val})
+        epochs = f"epoch {self.epochs_done}/{self.cfg.optimization.epochs}"
+        say(f"{epochs}: {line}, {clock(self.seconds())}")
         state.train_scores, state.loss_sum = train, 0.0
         state.scores.clear()
         self._save(state)

@@ -15,6 +15,23 @@ LOG = "log.jsonl"
 VIEWS_SHOWN = 8  # images
 
 
+def epoch_record(loss, scores):
+    """scores: {name: dict or None}. One flat dict, keys name_key."""
+    record = {"loss": loss}
+    for name, values in scores.items():
+        record |= {f"{name}_{k}": v for k, v in (values or {}).items() if k != "undefined"}
+    return record
+
+
+def epoch_line(loss, scores):
+    """The same in a few words."""
+    shown = [f"loss {loss:.4f}"]
+    for name, values in scores.items():
+        if values is not None and values["auroc"] is not None:
+            shown.append(f"{name} F1 {values['f1']:.3f} AUROC {values['auroc']:.3f}")
+    return ", ".join(shown)
+
+
 class RunLog:
     """One writer a run folder (rank 0)."""
 
@@ -36,7 +53,7 @@ class RunLog:
         line = {"kind": kind, "step": step, **record}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        for key, value in record.items():
+        for key, value in (record | record.get("diagnostics", {})).items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{key}", value, step)
 

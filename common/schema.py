@@ -38,6 +38,16 @@ class Range:
         return f"{'inside' if self.open else 'from'} {self.low:g} to {self.high:g}"
 
 
+Count = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Proportion = Annotated[float, Range(0, 1)]
+InnerProportion = Annotated[float, Range(0, 1, open=True)]
+Share = Annotated[float, Range(1e-6, 1)]  # of something that must not be empty
+Momentum = Annotated[float, Range(0, 0.9999)]
+
+
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 core scalars, no aliases, no tags, no repeated keys."""
 

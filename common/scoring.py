@@ -9,7 +9,7 @@ import torch
 
 from common.annotations import Annotations
 from common.data import clean_loader
-from common.distributed import broadcast_buffers, world_size
+from common.distributed import broadcast_buffers
 from common.keyed import FEATURE_ROWS, keyed_rng
 from common.metrics import all_scores, at_prevalence
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
@@ -143,12 +143,6 @@ class Scoring:
             features=features[chosen].half().numpy(),
             embeddings=embeddings[chosen].half().numpy(),
         )
-
-
-def rows_of_rank(n):
-    """This rank's share of n rows: every one in exactly one share, without padding."""
-    rank = torch.distributed.get_rank() if world_size() > 1 else 0
-    return np.arange(rank, n, world_size())
 
 
 def summary(result):

@@ -69,8 +69,6 @@ TINY = [
     "optimization.batch_size=16",
     "optimization.epochs=2",
     "optimization.warmup_epochs=1",
-    "ssl_settings.proj_hidden_dim=32",
-    "ssl_settings.proj_output_dim=16",
     "run.val_every_epochs=1",
     "run.log_every=1",
 ]

@@ -96,15 +96,19 @@ def test_a_view_is_a_function_of_seed_epoch_row_and_view():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8))
 
     def views(seed=1, epoch=2, row=3, n=2):
-        return CropViews(16, 0.4, 0.275, 0.5, n, seed)(image, epoch, row)
+        return CropViews(16, 0.4, 0.275, 0.5, n, seed, 7)(image, epoch, row)
 
-    base, factors = views()
+    base, factors, noise = views()
     assert base.shape == (2, 3, 16, 16) and base.dtype == torch.uint8 and factors.shape == (2, 5)
-    assert torch.equal(base, views()[0]) and torch.equal(factors, views()[1])
+    assert noise.shape == (2, 7) and 0 <= noise.min() and noise.max() < 1
+    assert all(torch.equal(a, b) for a, b in zip(views(), views(), strict=True))
+    without = CropViews(16, 0.4, 0.275, 0.5, 2, 1)(image, 2, 3)
+    assert torch.equal(base, without[0]) and without[2].shape == (2, 0)  # noise changes no crop
     assert torch.equal(base[:1], views(n=1)[0])  # view 0 does not depend on how many there are
     assert not torch.equal(base[0], base[1])
     for other in (views(seed=2), views(epoch=3), views(row=4)):
-        assert not torch.equal(base, other[0]) and not torch.equal(factors, other[1])
+        assert not any(torch.equal(a, b) for a, b in zip(views(), other, strict=True))
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_factors_stay_in_their_ranges_and_use_them():

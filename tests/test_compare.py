@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
-from test_simclr import run
+from small import run
 
 from common.compare import collect, main, table
 from common.errors import UserError
@@ -17,8 +17,8 @@ def runs(tmp_path_factory, tiny_set):
     folder = tmp_path_factory.mktemp("runs")
     quick = "optimization.epochs=1"
     return [
-        run(folder, tiny_set, "random", quick, "run.frozen_encoder=true"),
-        run(folder, tiny_set, "simclr", quick),
+        run("simclr", folder, tiny_set, "random", quick, "run.frozen_encoder=true"),
+        run("simclr", folder, tiny_set, "simclr", quick),
     ]
 
 
@@ -65,7 +65,7 @@ def test_real_sewer_images_end_to_end(sewer_ml, tmp_path):
         f"data.val_csv={sewer_ml / 'val.csv'}",
     ]
     quick = ["optimization.epochs=1", "data.fraction=0.2", "data.train_defect_proportion=0.3"]
-    folder = run(tmp_path, overrides, "real", *TINY, *quick)
+    folder = run("simclr", tmp_path, overrides, "real", *TINY, *quick)
     result = read_json(folder / "result.json")
     assert result["train_rows"] == {"normal": 8, "defect": 3, "unlabelled": 194}
     assert result["val"]["n"] == 61 and result["val"]["n_defect"] == 21

@@ -1,12 +1,13 @@
 """Every key of the config is read by what runs: a key that nobody reads is a promise not kept."""
 
 import dataclasses
+import importlib
 import sys
 import typing
 
-from test_simclr import run
+import pytest
+from small import METHODS, run
 
-import simclr
 from common import config
 
 
@@ -19,20 +20,22 @@ def keys(section, prefix=""):
             yield prefix + name
 
 
-def test_every_key_is_read(tmp_path, tiny_set, monkeypatch):
-    read = set()
+@pytest.mark.parametrize("method", METHODS)
+def test_every_key_is_read(method, tmp_path, tiny_set, monkeypatch):
+    script, read = importlib.import_module(method), set()
 
     def recording(self, name):
         caller = sys._getframe(1).f_globals["__name__"]
         if caller not in ("dataclasses", "common.config"):  # copies and checks are no use of a key
-            read.add(name if type(self) is simclr.Config else f"{type(self).__name__}.{name}")
+            read.add(name if type(self) is script.Config else f"{type(self).__name__}.{name}")
         return object.__getattribute__(self, name)
 
     sections = [config.Data, config.Augmentation, config.Optimization, config.Probe]
-    for section in (*sections, config.RunOptions, simclr.SSLSettings, simclr.Config):
+    sections += [config.RunOptions, script.Config]
+    for section in [*sections, getattr(script, "SSLSettings", script.Config)]:
         monkeypatch.setattr(section, "__getattribute__", recording, raising=False)
-    run(tmp_path, tiny_set, "keys")
-    everything = set(keys(simclr.Config)) | {"method"}
+    run(method, tmp_path, tiny_set, "keys")
+    everything = set(keys(script.Config)) | {"method"}
     named_only = {"RunOptions.name"}  # read where the run is named, in common.config
     assert everything - read <= named_only
-    assert len(everything) > 35
+    assert len(everything) > 32

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from small import PAIRS, build, step
 from torch._subclasses import FakeTensorMode
 
 from common.augmentations import ColorJitterNormalize
-from common.backbones import build_backbone
+from common.ema import ema_update
 from common.optim import LARS
 from common.probe import LinearProbe
-from simclr import SimCLR, nt_xent_loss
+from dino import teacher_statistics
 
 
 def on_cuda(module):
@@ -29,21 +30,30 @@ def views_on_cuda():
     return ColorJitterNormalize(0)(batch, factors, step=3)
 
 
-@pytest.mark.parametrize(("backbone", "patch"), [("resnet18", None), ("vit_tiny", 16)])
-def test_simclr(backbone, patch):
-    module, dim = build_backbone(backbone, 32, patch)
-    model, probe = SimCLR(module, dim, 16, 8), LinearProbe(dim, 0.9, 0.0, 2.0)
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_a_step(method, backbone):
+    model, dim = build(method, backbone)
+    probe = LinearProbe(dim, 0.9, 0.0, 2.0)
     with FakeTensorMode(), torch.device("cuda"):
         model, probe, views = on_cuda(model), on_cuda(probe), views_on_cuda()
-        h, z = model(views)
-        loss = nt_xent_loss(*z.float(), 0.2)
         labels = torch.zeros(4, dtype=torch.int8, device="cuda")
+        noise = torch.zeros(2, 4, 16, device="cuda")
+        loss, h, z = step(method, model, model, views, noise, labels)
         logits = probe.step(h.detach().float(), labels, 0.1)
-        assert views.device.type == loss.device.type == logits.device.type == "cuda"
-        assert h.shape == (2, 4, dim) and z.shape == (2, 4, 8)
-        assert loss.shape == () and logits.shape == (2, 4)
+        assert {x.device.type for x in (views, loss, h, z, logits)} == {"cuda"}
+        count = 1 if method == "supervised" else 2
+        assert h.shape == (count, 4, dim) and logits.shape == (count, 4) and loss.shape == ()
         with pytest.raises(RuntimeError, match="device"):  # the test can fail
             probe.step(h.detach().float(), torch.zeros(4, device="cpu"), 0.1)
+
+
+def test_the_teachers_update_stays_on_the_device():
+    model, _ = build("dino", "resnet18")
+    with FakeTensorMode(), torch.device("cuda"):
+        model = on_cuda(model)
+        ema_update(model.teacher, model.student(), 0.99)
+        notes = teacher_statistics(torch.ones(8, 24), model.center, 0.04, torch.ones(()))
+        assert {n.device.type for n in notes.values() if torch.is_tensor(n)} == {"cuda"}
 
 
 def test_lars_takes_a_step_without_leaving_the_device():

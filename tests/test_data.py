@@ -102,12 +102,11 @@ def small(tmp_path):
     return tmp_path / "s" / "images", train, val
 
 
-def loaders(small, num_workers, rank=0, world_size=1, n_val=10):
+def loaders(small, num_workers, rank=0, world_size=1):
     root, train, val = small
     sampler = EpochSampler(np.arange(24), 8, 3, rank, world_size)
-    crops = CropViews(16, 0.4, 0.275, 0.5, 2, seed=3)
-    rows = np.arange(rank, n_val, world_size)
-    return build_loaders(root, train, sampler, crops, val, rows, num_workers, False)
+    crops = CropViews(16, 0.4, 0.275, 0.5, 2, seed=3, noise_size=4)
+    return build_loaders(root, train, sampler, crops, val, num_workers, torch.device("cpu"))
 
 
 def test_what_a_sample_gets_depends_neither_on_workers_nor_on_ranks(small):
@@ -117,7 +116,7 @@ def test_what_a_sample_gets_depends_neither_on_workers_nor_on_ranks(small):
         found = {}
         for batch in batches(loader):
             for i, row in enumerate(batch.row.tolist()):
-                found[row] = (batch.views[i], batch.factors[i], batch.label[i])
+                found[row] = (batch.views[i], batch.factors[i], batch.noise[i], batch.label[i])
         return found
 
     alone = samples(0)

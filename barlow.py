@@ -1,0 +1,228 @@
+"""Barlow Twins (Zbontar et al. 2021, arXiv:2103.03230): dimensions agree over views, and differ.
+
+    python barlow.py --config configs/barlow_r18.yaml [section.key=value ...]
+    torchrun --nproc_per_node=4 barlow.py --config configs/barlow_r18.yaml
+
+Here: barlow_twins_loss (Eq. 1), BarlowTwins (encoder and projector), the training loop.
+In common/: data, augmentations, LARS, schedules, probe, scores, label-free measures, checkpoints.
+Deviation: views: crop, colour jitter and flip only, as the study.
+Deviation: Barlow Twins' width: 2048-2048-256 instead of three layers of 8192, as the study.
+Deviation: Barlow Twins' gradient: the sum of C over ranks is one that autograd sees; the original's
+all_reduce is not.
+
+Shapes: V = 2 views, B images a rank, W ranks, D features, K embedding dimensions, S pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from common.annotations import check_disjoint, read_annotations
+from common.augmentations import ColorJitterNormalize, CropViews
+from common.backbones import build_backbone
+from common.checkpoint import TrainState
+from common.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
+from common.data import build_loaders
+from common.distributed import all_reduce_mean, mixed_precision, to_device, wrap
+from common.optim import build_optimizer, set_lr
+from common.probe import LinearProbe, pos_weight
+from common.process import entry_point
+from common.run import Run
+from common.sampler import EpochSampler, imbalanced_indices
+from common.schedules import cosine, warmup_cosine
+from common.schema import Count, NonNegative, NonNegativeInt, Positive
+from common.scoring import Scoring
+
+# ============================== config ==============================
+
+
+@dataclass(frozen=True)
+class SSLSettings:  # App. B.5
+    proj_hidden_dim: Count
+    proj_output_dim: Count
+    lambda_: NonNegative  # `lambda` in App. B, which is a word of Python
+    scale_loss: Positive
+
+
+@dataclass(frozen=True)
+class Config:
+    method: Literal["barlow"]  # another method's config is an error
+    backbone: Literal["resnet18", "vit_tiny"]
+    seed: NonNegativeInt
+    data: Data
+    augmentation: Augmentation
+    optimization: Optimization
+    ssl_settings: SSLSettings
+    probe: Probe
+    run: RunOptions
+    patch_size: Count | None = None  # pixels, vit_tiny only; null: the backbone's own, 16
+    num_heads: Count | None = None  # vit_tiny only; null: the backbone's own, 3
+
+
+# =============================== loss ===============================
+
+
+def normalise(z):
+    """z: (B, K) -> zero mean and unit (biased) variance over all ranks' B * W images."""
+    z = z - all_reduce_mean(z.mean(dim=0))
+    return z / (all_reduce_mean(z.square().mean(dim=0)) + 1e-5).sqrt()
+
+
+def barlow_twins_loss(z0, z1, lambda_, scale_loss):
+    """Eq. 1 of arXiv:2103.03230, on the cross-correlation of the global batch, times scale_loss.
+
+    z0, z1: (B, K) embeddings of the two views, any scale. The same value on all ranks; without any
+    correlation it is K * scale_loss.
+    """
+    c = all_reduce_mean(normalise(z0).T @ normalise(z1) / len(z0))  # (K, K), Eq. 2
+    on_diagonal = (1 - c.diagonal()).square().sum()
+    off_diagonal = c.square().sum() - c.diagonal().square().sum()
+    return scale_loss * (on_diagonal + lambda_ * off_diagonal)
+
+
+# ============================== model ===============================
+
+
+class BarlowTwins(nn.Module):
+    def __init__(self, backbone, feature_dim, proj_hidden_dim, proj_output_dim):
+        super().__init__()
+        self.backbone = backbone
+        # No bias before a BatchNorm. The last one, without weight and bias, stands in the loss,
+        # where its statistics are those of the global batch.
+        self.projector = nn.Sequential(
+            nn.Linear(feature_dim, proj_hidden_dim, bias=False),
+            nn.BatchNorm1d(proj_hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(proj_hidden_dim, proj_hidden_dim, bias=False),
+            nn.BatchNorm1d(proj_hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(proj_hidden_dim, proj_output_dim, bias=False),
+        )
+
+    def encode(self, images):
+        """images: (B, 3, S, S) -> features (B, D), embeddings (B, K)."""
+        h = self.backbone(images)
+        return h, self.projector(h)
+
+    def forward(self, views):
+        """views: (V, B, 3, S, S) -> features (V, B, D), embeddings (V, B, K).
+
+        BatchNorm sees one view at a time.
+        """
+        h, z = zip(*(self.encode(view) for view in views), strict=True)
+        return torch.stack(h), torch.stack(z)
+
+
+# =============================== train ==============================
+
+
+@entry_point
+def main(argv=None):
+    # --- shared: setup ---
+    cfg = load_config(Config, argv)
+    data, opt, frozen = cfg.data, cfg.optimization, cfg.run.frozen_encoder
+    run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
+    train, val = read_annotations(data.train_csv), read_annotations(data.val_csv)
+    check_disjoint(train, val)
+    rows = imbalanced_indices(
+        train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
+    )
+    run.describe_data(train, rows, val)
+    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
+    aug = cfg.augmentation
+    # --- end shared ---
+
+    crops = CropViews(data.image_size, aug.min_scale, aug.t_val, aug.flip_prob, 2, cfg.seed)
+
+    # --- shared: data and backbone ---
+    train_loader, val_loader = build_loaders(
+        data.image_root, train, sampler, crops, val, data.num_workers, run.device
+    )
+    augment = ColorJitterNormalize(cfg.seed).to(run.device)
+    backbone, feature_dim = build_backbone(
+        cfg.backbone, data.image_size, cfg.patch_size, cfg.num_heads
+    )
+    # --- end shared ---
+
+    ssl = cfg.ssl_settings
+    model = BarlowTwins(backbone, feature_dim, ssl.proj_hidden_dim, ssl.proj_output_dim)
+
+    # --- shared: optimisation ---
+    model = to_device(model, run.device)  # channels_last and SyncBatchNorm where they apply
+    optimizer = build_optimizer(
+        model,
+        opt.optimizer,
+        opt.lr,
+        opt.momentum,
+        opt.weight_decay,
+        opt.exclude_bias_and_norm,
+        opt.trust_coefficient,
+    )
+    if frozen:
+        model.requires_grad_(False)
+    weight = pos_weight(cfg.probe.pos_weight, train.defect[rows])
+    probe = LinearProbe(feature_dim, cfg.probe.momentum, cfg.probe.weight_decay, weight)
+    probe = probe.to(run.device)
+    autocast, scaler = mixed_precision(opt.precision, run.device)
+    scoring = Scoring(
+        train, rows, val, val_loader, cfg.seed, weight, augment.clean, run.place, autocast
+    )
+    state = TrainState(model, optimizer, probe, scaler)
+    run.resume(state, sampler.steps_per_epoch)
+    ddp = wrap(model, run.device, cfg.run.compile, cfg.run.deterministic)
+    warmup_steps = opt.warmup_epochs * sampler.steps_per_epoch
+    # --- end shared ---
+
+    for epoch in run.epochs():
+        model.train(not frozen)
+        for step, batch in run.steps(train_loader):  # goes on in mid-epoch after a resume
+            # --- shared: batch ---
+            batch = batch.to(run.device)
+            views = augment(batch.views, batch.factors, step)  # (V, B, 3, S, S)
+            lr = warmup_cosine(
+                step, run.total_steps, warmup_steps, opt.lr, opt.warmup_start_lr, opt.min_lr
+            )
+            set_lr(optimizer, lr)
+            # --- end shared ---
+
+            with autocast:
+                h, z = ddp(views)
+            loss = barlow_twins_loss(*z.float(), ssl.lambda_, ssl.scale_loss)
+
+            # --- shared: backward ---
+            optimizer.zero_grad(set_to_none=True)
+            if not frozen:
+                scaler.scale(loss).backward()
+            # --- end shared ---
+
+            # --- shared: update ---
+            if not frozen:
+                scaler.step(optimizer)
+                scaler.update()
+            # --- end shared ---
+
+            # --- shared: probe ---
+            probe_lr = cosine(step, run.total_steps, cfg.probe.lr, 0.0)
+            logits = probe.step(h.detach().float(), batch.label, probe_lr)
+            # --- end shared ---
+
+            # --- shared: log, save ---
+            state.scores.add(batch.row, logits)
+            rates = {"lr": lr, "probe_lr": probe_lr}
+            run.end_step(state, loss, probe.loss, rates, views, z.detach())
+            # --- end shared ---
+
+        # --- shared: epoch end ---
+        validation = scoring.validate(model, probe) if run.validates(epoch) else None
+        run.end_epoch(state, scoring.train_scores(state.scores), validation)
+        # --- end shared ---
+
+    # --- shared: finish ---
+    run.finish(scoring.final(model, probe, state.train_scores, run.folder))
+    # --- end shared ---
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Every method made small: overrides of its config, and one model and loss of it."""
+
+import importlib
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY
+from torch import nn
+
+import barlow
+import byol
+import dino
+import mae
+import simclr
+import supervised
+from common.backbones import build_backbone
+from common.checkpoint import read_checkpoint
+from common.run_folder import read_json
+
+HEAD = ["ssl_settings.proj_hidden_dim=32", "ssl_settings.proj_output_dim=16"]
+OVERRIDES = {
+    "simclr": HEAD,
+    "byol": [*HEAD, "ssl_settings.pred_hidden_dim=32"],
+    "barlow": HEAD,
+    "dino": [*HEAD, "ssl_settings.num_prototypes=64", "ssl_settings.warmup_temperature_epochs=1"],
+    "mae": [f"ssl_settings.decoder_{key}" for key in ("embed_dim=32", "depth=1", "num_heads=4")]
+    + ["patch_size=8"],
+    "supervised": [],
+}
+METHODS = list(OVERRIDES)
+PAIRS = [(m, b) for m in METHODS for b in ("resnet18", "vit_tiny") if (m, b) != ("mae", "resnet18")]
+
+
+def arguments(method, tiny_set, folder, name, *overrides, backbone=None):
+    """Command line of a run of seconds. backbone: resnet18, but for the method that has none."""
+    backbone = backbone or ("vit_tiny" if method == "mae" else "resnet18")
+    config = ROOT / f"configs/{method}_{'r18' if backbone == 'resnet18' else 'vit_tiny'}.yaml"
+    place = [f"run.output_dir={folder}", f"run.name={name}"]
+    return ["--config", str(config), *tiny_set, *TINY, *OVERRIDES[method], *place, *overrides]
+
+
+def run(method, folder, tiny_set, name, *overrides, backbone=None):
+    """Run a method's main; returns the run folder."""
+    argv = arguments(method, tiny_set, folder, name, *overrides, backbone=backbone)
+    importlib.import_module(method).main(argv)
+    return folder / name
+
+
+def read_log(folder, kind=None):
+    """Records of log.jsonl, all or of one kind."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in log if kind in (None, record["kind"])]
+
+
+TIMES = ("seconds", "samples_per_second")  # all that may differ
+
+
+def outcome(folder):
+    """Everything of a run that must be the same however often it was stopped."""
+    log, result = read_log(folder), read_json(folder / "result.json")
+    for record in (*log, result):
+        for key in TIMES:
+            del record[key]
+    saved = read_checkpoint(folder / "last.pt")
+    tensors = {**saved["model"], **{f"probe.{k}": v for k, v in saved["state"]["probe"].items()}}
+    for i, state in saved["state"]["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    arrays = {}
+    for name in ("val_scores", "features_val"):
+        with np.load(folder / f"{name}.npz") as stored:
+            arrays |= {f"{name}.{k}": stored[k].tobytes() for k in stored.files}
+    return log, result, {k: v.numpy().tobytes() for k, v in tensors.items()}, arrays
+
+
+class Encoder(nn.Module):
+    """A small encoder without BatchNorm, so that 2 ranks and 1 rank must agree exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.num_features = nn.Conv2d(3, 6, 3, stride=2), 6
+
+    def forward(self, x):
+        return F.relu(self.conv(x)).mean(dim=(2, 3))
+
+
+def build(method, backbone_name):
+    """(model, D). backbone_name: resnet18, vit_tiny (32 px, patch 8) or none: an Encoder."""
+    torch.manual_seed(0)
+    if backbone_name == "none" and method != "mae":
+        backbone, dim = Encoder(), 6
+    elif backbone_name == "resnet18":
+        backbone, dim = build_backbone("resnet18", 32)
+    else:
+        backbone, dim = build_backbone("vit_tiny", 32, 8)
+    make = {
+        "simclr": lambda: simclr.SimCLR(backbone, dim, 16, 8),
+        "byol": lambda: byol.BYOL(backbone, dim, 16, 12, 8),
+        "barlow": lambda: barlow.BarlowTwins(backbone, dim, 16, 8),
+        "dino": lambda: dino.DINO(backbone, dino.Head(dim, 16, 8, 24, False), 24),
+        "mae": lambda: mae.MAE(backbone, 0.75, 32, 2, 4, "class_token"),
+        "supervised": lambda: supervised.Supervised(backbone, dim),
+    }
+    return make[method](), dim
+
+
+def step(method, model, bare, views, noise, labels):
+    """(loss, features, embeddings) of a step. model: maybe distributed, bare: the same without.
+
+    views: (2, B, 3, S, S); noise: (2, B, L); labels: (B,).
+    """
+    if method == "mae":
+        images = views.flatten(0, 1)
+        pred, mask = model(images, noise.flatten(0, 1))
+        with torch.no_grad():
+            h, z = (x.unflatten(0, views.shape[:2]) for x in bare.encode(images))
+        return mae.mae_loss(images, pred, mask, 8, True), h, z
+    if method == "supervised":
+        h, logits = model(views[:1])
+        return supervised.supervised_loss(logits[0], labels, 2.5), h, h
+    h, z, *rest = model(views)
+    if method == "simclr":
+        loss = simclr.nt_xent_loss(*z, 0.2)
+    elif method == "byol":
+        p, t = rest
+        loss = byol.byol_loss(*p, *t)
+    elif method == "barlow":
+        loss = barlow.barlow_twins_loss(*z, 0.0051, 0.024)
+    elif method == "dino":
+        loss = dino.dino_loss(*rest, bare.center, 0.1, 0.04)
+    return loss, h, z

@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from common.backbones import build_backbone
+from dino import DINO, Head, dino_loss, teacher_statistics
+
+
+def logits(seed=0, n=8, k=6):
+    generator = torch.manual_seed(seed)
+    return [torch.randn(n, k, generator=generator).double() for _ in range(2)] + [
+        torch.randn(k, generator=generator).double()
+    ]
+
+
+def slow_dino(student, teacher, center, student_t, teacher_t):
+    """Eq. 3 and algorithm 1 written out: image by image, H(teacher of a view, student of other)."""
+
+    def softmax(x):
+        return torch.exp(x) / torch.exp(x).sum()
+
+    b, total = len(student) // 2, 0.0
+    for i in range(b):
+        for mine, other in ((i, i + b), (i + b, i)):
+            q = softmax((teacher[mine] - center) / teacher_t)
+            p = softmax(student[other] / student_t)
+            total = total - (q * torch.log(p)).sum()
+    return total / (2 * b)
+
+
+def test_loss_and_gradient_are_the_papers_equation():
+    student, teacher, center = logits()
+    found = []
+    for loss in (dino_loss, slow_dino):
+        s = student.clone().requires_grad_()
+        value = loss(s, teacher, center, 0.1, 0.04)
+        value.backward()
+        found.append((value.detach(), s.grad))
+    for ours, slow in zip(*found, strict=True):
+        torch.testing.assert_close(ours, slow)
+
+
+def test_known_values_and_invariances():
+    student, teacher, center = logits()
+    flat = torch.zeros(8, 6).double()
+    assert float(dino_loss(flat, flat, center * 0, 0.1, 0.04)) == pytest.approx(math.log(6))
+    sure = 100 * torch.eye(4, 6).double()  # each image its own prototype, the same for both views
+    assert float(dino_loss(sure.repeat(2, 1), sure.repeat(2, 1), center * 0, 0.1, 0.04)) < 1e-6
+    base = dino_loss(student, teacher, center, 0.1, 0.04)
+    swapped = student.roll(4, 0), teacher.roll(4, 0)
+    torch.testing.assert_close(dino_loss(*swapped, center, 0.1, 0.04), base)
+    torch.testing.assert_close(dino_loss(student + 5, teacher, center, 0.1, 0.04), base)
+    torch.testing.assert_close(dino_loss(student, teacher + 1, center + 1, 0.1, 0.04), base)
+    assert dino_loss(student, teacher.roll(4, 0), center, 0.1, 0.04) != base
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher, center = (x.requires_grad_() for x in logits())
+    dino_loss(student, teacher, center, 0.1, 0.04).backward()
+    assert student.grad is not None and teacher.grad is None and center.grad is None
+
+
+def test_statistics_are_entropy_kl_and_information():
+    student, teacher, center = logits()
+    loss = dino_loss(student, teacher, center, 0.1, 0.04)
+    notes = teacher_statistics(teacher, center, 0.04, loss)
+    q = ((teacher - center) / 0.04).softmax(dim=1)
+    p = (student / 0.1).softmax(dim=1).roll(4, 0)
+    assert float(notes["teacher_entropy"]) == pytest.approx(
+        float(torch.distributions.Categorical(q).entropy().mean())
+    )
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(q), torch.distributions.Categorical(p)
+    )
+    assert float(notes["teacher_student_kl"]) == pytest.approx(float(kl.mean()))
+    mutual = (q * (q / q.mean(dim=0)).log()).sum(dim=1).mean()
+    assert float(notes["teacher_information"]) == pytest.approx(float(mutual))
+    assert notes["log_num_prototypes"] == pytest.approx(math.log(6)) and not notes["collapsed"]
+
+
+@pytest.mark.parametrize(("one", "entropy"), [(0.0, math.log(6)), (50.0, 0.0)])
+def test_either_collapse_is_seen_and_they_are_told_apart(one, entropy):
+    teacher = torch.zeros(8, 6)
+    teacher[:, 2] = one  # every image alike: uniform, or one prototype
+    notes = teacher_statistics(teacher, torch.zeros(6), 0.04, torch.tensor(1.0))
+    assert notes["collapsed"] and float(notes["teacher_entropy"]) == pytest.approx(entropy)
+
+
+def small(norm_fixed=False):
+    backbone, dim = build_backbone("resnet18", 32)
+    return DINO(backbone, Head(dim, 16, 8, 24, norm_fixed), 24)
+
+
+def test_the_head_is_as_the_papers():
+    model = small()
+    z, scores = model.head(torch.randn(5, 512))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+    direction = model.head.prototypes.parametrizations.weight.original1
+    weight = direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(scores, z @ weight.T)  # prototypes of norm 1 at the start
+    assert model.head.prototypes.bias is None
+    assert sum(isinstance(m, nn.GELU) for m in model.head.projector) == 2
+
+
+def test_the_prototypes_norms_are_trained_unless_fixed():
+    for fixed in (False, True):
+        norm = small(fixed).head.prototypes.parametrizations.weight.original0
+        assert norm.requires_grad is not fixed and torch.equal(norm, torch.ones(24, 1))
+
+
+def test_the_teacher_is_a_copy_without_gradient_and_the_centre_is_saved():
+    model = small()
+    student, teacher = model.student().state_dict(), model.teacher.state_dict()
+    assert student.keys() == teacher.keys()
+    assert all(torch.equal(v, teacher[k]) for k, v in student.items())
+    mine = {id(p) for p in model.student().parameters()}
+    assert not any(id(p) in mine or p.requires_grad for p in model.teacher.parameters())
+    assert "center" in model.state_dict()

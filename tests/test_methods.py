@@ -1,0 +1,297 @@
+"""What holds for each of the six methods, and what makes their runs comparable."""
+
+import importlib
+import os
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import on_ranks, python
+from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.backbones import build_backbone
+from common.checkpoint import read_checkpoint
+from common.probe import RunningScores
+from common.run import Run
+from common.run_folder import read_json
+
+
+def inputs(n=8, size=32, seed=3):
+    """views (2, n, 3, size, size), noise (2, n, L), labels (n,), some of them unknown."""
+    generator = torch.manual_seed(seed)
+    views = torch.randn(2, n, 3, size, size, generator=generator).double()
+    noise = torch.rand(2, n, (size // 8) ** 2, generator=generator)
+    return views, noise, torch.tensor([1, 0, 1, -1, 0, 0, 0, -1][:n], dtype=torch.int8)
+
+
+def without_batchnorm(model):
+    """gloo on CPU has no SyncBatchNorm: what a BatchNorm sees depends on the number of ranks."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(module, name, nn.Identity())
+    return model
+
+
+def loss_and_gradients(method, ranks=1, rank=0):
+    model = without_batchnorm(build(method, "none")[0]).double()
+    ddp = DistributedDataParallel(model) if ranks > 1 else model
+    views, noise, labels = inputs()
+    share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    loss, _, _ = step(method, ddp, model, views[:, share], noise[:, share], labels[share])
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def on_one_of_two(method):
+    return loss_and_gradients(method, 2, torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_through_ddp_have_the_gradient_of_one(method, tmp_path):
+    loss, *whole = loss_and_gradients(method)
+    first, second = on_ranks(2, tmp_path / "r", on_one_of_two, method)
+    torch.testing.assert_close((first[0] + second[0]) / 2, loss)
+    assert len(whole) > 3
+    for a, b, expected in zip(first[1:], second[1:], whole, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, expected, atol=1e-12, rtol=1e-8)
+
+
+# A shift in front of Linear and BatchNorm changes nothing: in byol and barlow the last norm's bias
+# of a ViT gets rounding noise, by design of these methods.
+FIXED = {"byol": ("target.",), "dino": ("teacher.",), "mae": ("pos_embed", "decoder_pos_embed")}
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_gradient_reaches_every_tensor_it_should_and_no_other(method, backbone):
+    model, _ = build(method, backbone)
+    model.double()
+    loss, h, z = step(method, model, model, *inputs())
+    assert h.shape[1:] == (8, 192 if backbone == "vit_tiny" else 512) and z.shape[1] == 8
+    loss.backward()
+    norms = {n: p.grad.norm() for n, p in model.named_parameters() if p.grad is not None}
+    layers = Counter()
+    for name, norm in norms.items():
+        layers[name.rpartition(".")[0]] = max(layers[name.rpartition(".")[0]], float(norm))
+    for name, p in model.named_parameters():
+        if any(part in name for part in FIXED.get(method, ())):
+            assert not p.requires_grad and name not in norms, name
+        else:
+            layer = layers[name.rpartition(".")[0]]
+            dead = name == "backbone.norm.bias" and method in ("byol", "barlow")
+            assert (norms[name] > 1e-8 * layer) is not dead, name
+            assert layer > 1e-9 * max(layers.values()), name
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("mae", "supervised")])
+def test_batchnorm_sees_one_view_at_a_time(method):
+    model, _ = build(method, "resnet18")
+    views = inputs()[0].float()
+    h, *_ = model(views)
+    torch.testing.assert_close(h[1], model.backbone(views[1]))
+    assert not torch.allclose(h[1], model.backbone(views.flatten(0, 1))[8:])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_set):
+    """method -> (run folder, rows in the order they came, forward passes a step)."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def get(method):
+        if method not in done:
+            rows, calls = [], Counter()
+            with pytest.MonkeyPatch.context() as patch:
+                watch(method, patch, rows, calls)
+                done[method] = run(method, folder, tiny_set, method), rows, calls
+        return done[method]
+
+    return get
+
+
+def watch(method, patch, rows, calls):
+    """Record the rows of every batch, and the images through the first layer in training."""
+    add = RunningScores.add
+
+    def adding(self, batch_rows, logits):
+        rows.extend(batch_rows.tolist())
+        add(self, batch_rows, logits)
+
+    def building(*how):
+        backbone, dim = build_backbone(*how)
+        first = backbone.conv1 if hasattr(backbone, "conv1") else backbone.patch_embed
+        first.register_forward_hook(count)
+        return backbone, dim
+
+    def count(module, args, _):
+        if module.training:
+            calls["images"] += len(args[0])
+
+    patch.setattr(RunningScores, "add", adding)
+    patch.setattr(importlib.import_module(method), "build_backbone", building)
+
+
+PASSES = {  # an image through an encoder a step: views, and the teacher's or the unmasked pass
+    "simclr": 2,
+    "barlow": 2,
+    "byol": 2 + 2,
+    "dino": 2 + 2,
+    "mae": 2 + 2,
+    "supervised": 1,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_step_does_each_forward_pass_once(method, finished):
+    _, rows, calls = finished(method)
+    assert len(rows) == 6 * 16  # 2 epochs of 3 steps
+    assert calls["images"] == PASSES[method] * len(rows)
+
+
+def test_all_methods_see_the_same_images_in_the_same_order(finished):
+    folders, rows, _ = zip(*(finished(method) for method in METHODS), strict=True)
+    assert len(set(map(tuple, rows))) == 1 and len(set(rows[0])) > 40
+    subsets = {(folder / "train_subset.csv").read_text() for folder in folders}
+    assert len(subsets) == 1
+
+
+def test_all_methods_leave_the_same_files_and_keys(finished):
+    def shape(value):
+        if not isinstance(value, dict):
+            return None
+        return {k: shape(v) for k, v in value.items() if k not in ("diagnostics", "undefined")}
+
+    folders = [finished(method)[0] for method in METHODS]
+    results = [read_json(folder / "result.json") for folder in folders]
+    assert [result["method"] for result in results] == METHODS
+    assert all(shape(result) == shape(results[0]) for result in results)
+    logs = [[shape(record) for record in read_log(folder)] for folder in folders]
+    assert all(log == logs[0] for log in logs)
+    assert {"loss", "lr", "probe_lr", "probe_loss", "embedding_std"} <= set(logs[0][0])
+    names = [sorted(p.name for p in folder.iterdir()) for folder in folders]
+    assert all(n == names[0] for n in names)
+    for folder in folders:
+        with np.load(folder / "val_scores.npz") as stored:
+            assert np.isfinite(stored["logit"]).all() and np.isfinite(stored["logit_offline"]).all()
+
+
+def test_the_teachers_numbers_are_in_the_log(finished):
+    for record in read_log(finished("dino")[0], "step"):
+        notes = record["diagnostics"]
+        entropy, kl = notes["teacher_entropy"], notes["teacher_student_kl"]
+        assert 0 < entropy < notes["log_num_prototypes"] == pytest.approx(np.log(64))
+        assert kl > 0 and record["loss"] == pytest.approx(entropy + kl, rel=1e-5)
+    assert read_log(finished("simclr")[0], "step")[0]["diagnostics"] == {}
+
+
+STORED_LOSSES = {
+    "simclr": [3.6720, 3.2267, 3.4996, 3.3949, 3.3720, 3.3368],
+    "byol": [3.4938, 3.2004, 3.2044, 3.3595, 2.9953, 3.2605],
+    "barlow": [0.4591, 0.3429, 0.3660, 0.3966, 0.3798, 0.2601],
+    "dino": [4.7711, 5.3259, 4.7120, 5.0843, 4.8647, 5.2024],
+    "mae": [1.2877, 1.2171, 1.1754, 1.1295, 1.1015, 1.0883],
+    "supervised": [0.9244, 0.8604, 0.4300, 0.2461, 0.1531, 0.0732],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_losses_are_as_stored(method, finished):
+    losses = [record["loss"] for record in read_log(finished(method)[0], "step")]
+    assert losses == pytest.approx(STORED_LOSSES[method], rel=2e-3)
+
+
+def stop_at(monkeypatch, at):
+    """Let a SIGTERM arrive in that step."""
+    original = Run.end_step
+
+    def stopping(self, *args):
+        if self.step + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Run, "end_step", stopping)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_bit_for_bit(method, finished, tmp_path, tiny_set, monkeypatch):
+    """SIGTERM in mid-epoch and at an epoch's last step; then the same command."""
+    for at in (2, 3):
+        stop_at(monkeypatch, at)
+        with pytest.raises(SystemExit) as stop:
+            run(method, tmp_path, tiny_set, "stopped")
+        assert stop.value.code == 75
+        monkeypatch.undo()
+    folder = run(method, tmp_path, tiny_set, "stopped")
+    for ours, whole in zip(outcome(folder), outcome(finished(method)[0]), strict=True):
+        assert ours == whole
+
+
+@pytest.mark.parametrize("part", ["target.", "center"])
+def test_what_a_method_keeps_beside_its_encoder_is_saved(part, finished):
+    method = {"target.": "byol", "center": "dino"}[part]
+    saved = read_checkpoint(finished(method)[0] / "last.pt")["model"]
+    mine = [v for k, v in saved.items() if k.startswith(part) and v.dtype.is_floating_point]
+    assert mine and any(v.abs().sum() > 0 for v in mine)
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_a_random_encoder_stays_random(method, backbone, tmp_path, tiny_set):
+    quick = ["optimization.epochs=1", "run.frozen_encoder=true"]
+    if backbone == "vit_tiny":
+        quick.append("patch_size=8")
+    folder = run(method, tmp_path, tiny_set, "frozen", *quick, backbone=backbone)
+    result = read_json(folder / "result.json")
+    assert result["method"] == "random" and result["backbone"] == backbone
+    assert result["val_offline"]["auroc"] is not None
+    saved = read_checkpoint(folder / "last.pt")
+    assert saved["state"]["optimizer"]["state"] == {}
+    assert saved["state"]["probe"]["weight"].abs().sum() > 0
+    if method != "mae":  # which draws its own first weights
+        torch.manual_seed(42)
+        fresh, _ = build_backbone(backbone, 32, 8 if backbone == "vit_tiny" else None)
+        for name, tensor in fresh.state_dict().items():
+            assert torch.equal(tensor, saved["model"][f"backbone.{name}"]), name
+
+
+def torchrun(*args):
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_under_torchrun_score_every_image_once(method, tmp_path, tiny_set):
+    done = torchrun(f"{method}.py", *arguments(method, tiny_set, tmp_path, "two"))
+    assert done.returncode == 0, done.stderr
+    result = read_json(tmp_path / "two/result.json")
+    assert result["val"]["n"] == 24 and result["val"]["n_defect"] == 8
+    with np.load(tmp_path / "two/val_scores.npz") as stored:
+        assert len(set(stored["filename"])) == 24 and np.isfinite(stored["logit"]).all()
+    assert done.stderr.count("epoch 2/2") == 1  # rank 0 speaks, the other is silent
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_other_backbone_runs(method, tmp_path, tiny_set):
+    quick = ["optimization.epochs=1", "patch_size=8", "num_heads=6"]
+    folder = run(method, tmp_path, tiny_set, "vit", *quick, backbone="vit_tiny")
+    assert read_json(folder / "result.json")["backbone"] == "vit_tiny"
+
+
+def test_a_collapse_is_told(tmp_path, tiny_set, monkeypatch, capsys):
+    import dino
+
+    finite = dino.DINO.forward
+
+    def constant(self, views):  # what a collapsed teacher returns
+        h, z, student, teacher = finite(self, views)
+        return h, z, student, torch.zeros_like(teacher)
+
+    run("dino", tmp_path, tiny_set, "healthy", "optimization.epochs=1")
+    assert "collapsed" not in capsys.readouterr().err
+    monkeypatch.setattr(dino.DINO, "forward", constant)
+    folder = run("dino", tmp_path, tiny_set, "constant", "optimization.epochs=1")
+    said = capsys.readouterr().err
+    assert said.count("warning: collapsed") == 1 and "teacher_entropy" in said
+    assert read_log(folder, "step")[-1]["diagnostics"]["collapsed"] == 1

@@ -1,0 +1,306 @@
+"""A run from start to finish, stopped, killed, refused: the same for all methods, shown by one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, on_ranks, python, write_set
+from small import arguments, outcome, run
+
+import simclr
+from common.checkpoint import TrainState, read_checkpoint
+from common.config import identity, load_config
+from common.run_folder import open_folder, read_json
+
+METHOD = "simclr"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_set):
+    """A run that was never stopped."""
+    return run(METHOD, tmp_path_factory.mktemp("runs"), tiny_set, "whole")
+
+
+def test_a_run_leaves_what_the_design_says(finished, tiny_set):
+    names = "config.yaml provenance.json train_subset.csv log.jsonl tensorboard last.pt"
+    names += " val_scores.npz features_val.npz result.json status.json views.png"
+    assert set(names.split()) <= set(os.listdir(finished))
+    result = read_json(finished / "result.json")
+    scores = "precision recall f1 f2 f2_ciw f2_ciw_strict f1_normal auroc average_precision"
+    for part in ("train", "val", "val_offline"):
+        assert set(f"{scores} threshold n n_defect".split()) <= set(result[part])
+    assert list(result["val_at"]) == ["0.01", "0.02", "0.05", "0.15", "0.45"]
+    assert result["method"] == "simclr" and result["epochs"] == 2
+    assert result["val"]["n"] == 24 and result["val"]["n_defect"] == 8
+    assert {"rankme", "std_embeddings", "std_features"} <= set(result["label_free"])
+    # 64 rows, 8 of them unlabelled; p = 0.25 keeps 38 normals and 13 defects
+    assert result["train_rows"] == {"normal": 37, "defect": 12, "unlabelled": 8}
+    subset = (finished / "train_subset.csv").read_text().splitlines()
+    assert len(subset) == 1 + 37 + 12 + 8
+    assert Counter(line.split(",")[1] for line in subset[1:]) == {"0": 37, "1": 12, "": 8}
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["epoch"] for r in log if r["kind"] == "epoch"] == [0, 1]
+    epoch = [r["loss"] for r in log if r["kind"] == "step" and r["epoch"] == 1]
+    assert log[-1]["loss"] == pytest.approx(np.mean(epoch))
+    with np.load(finished / "val_scores.npz") as stored:
+        assert stored["filename"][0] == b"val_0000.png" and len(stored["logit"]) == 24
+        assert stored["classes"].shape == (24, 2) and set(stored["label"]) == {0, 1}
+    assert read_json(finished / "status.json")["state"] == "finished"
+
+
+def test_a_finished_run_is_left_alone(finished, tmp_path, tiny_set, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.iterdir() if p.name != "lock"}
+    run(METHOD, finished.parent, tiny_set, "whole")
+    assert before == {p: p.stat().st_mtime_ns for p in finished.iterdir() if p.name != "lock"}
+    assert "is finished" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, finished.parent, tiny_set, "whole", "optimization.lr=0.1")
+    assert stop.value.code == 2 and "optimization.lr: 0.3 -> 0.1" in capsys.readouterr().err
+
+
+def stop_at(monkeypatch, step):
+    """Let a SIGTERM arrive in that step."""
+    original = simclr.Run.end_step
+
+    def stopping(self, *args, **kwargs):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(simclr.Run, "end_step", stopping)
+
+
+@pytest.mark.parametrize("steps", [(1,), (2, 3, 5)])
+def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, tiny_set, monkeypatch, steps):
+    """SIGTERM after given steps: in mid-epoch, at an epoch's last step; then the same command."""
+    for step in steps:
+        stop_at(monkeypatch, step)
+        with pytest.raises(SystemExit) as stop:
+            run(METHOD, tmp_path, tiny_set, "stopped")
+        assert stop.value.code == 75
+        assert read_json(tmp_path / "stopped/status.json")["state"] == "preempted"
+        monkeypatch.undo()
+    folder = run(METHOD, tmp_path, tiny_set, "stopped")
+    for ours, whole in zip(outcome(folder), outcome(finished), strict=True):
+        assert ours == whole
+
+
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, tmp_path, tiny_set):
+    """SIGKILL a few times, after whatever the log says was reached; other worker counts too."""
+    argv = [sys.executable, "simclr.py", *arguments(METHOD, tiny_set, tmp_path, "killed")]
+    argv += ["run.checkpoint_every_steps=1"]
+    log = tmp_path / "killed/log.jsonl"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for lines in (2, 5):
+        process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= lines):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    folder = run(METHOD, tmp_path, tiny_set, "killed", "data.num_workers=1")
+    for ours, whole in zip(outcome(folder), outcome(finished), strict=True):
+        assert ours == whole
+
+
+@pytest.mark.parametrize("part", ["optimizer", "probe", "scores", "loss_sum", "train_scores"])
+def test_each_part_of_the_checkpoint_is_needed(finished, tmp_path, tiny_set, monkeypatch, part):
+    """The control of the two tests above: without one part, the outcome differs."""
+    if part == "train_scores":  # needed where only the finish is left to do
+        monkeypatch.setattr(simclr.Run, "finish", lambda self, result: sys.exit(75))
+    else:
+        stop_at(monkeypatch, 5)
+    with pytest.raises(SystemExit):
+        run(METHOD, tmp_path, tiny_set, "part")
+    monkeypatch.undo()
+    restore = TrainState.restore
+
+    def forgetful(self, saved, is_first_rank):
+        kept = {p: getattr(self, p) for p in (part,) if p in ("loss_sum", "train_scores")}
+        fresh = TrainState(self.model, self.optimizer, self.probe, self.scaler).capture()
+        restore(self, saved | ({part: fresh[part]} if part not in kept else {}), is_first_rank)
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    monkeypatch.setattr(TrainState, "restore", forgetful)
+    folder = run(METHOD, tmp_path, tiny_set, "part")
+    assert outcome(folder) != outcome(finished)
+
+
+def torchrun(*args):
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train_csv=none.csv", ["none.csv"]),
+        ("data.train_defect_proportion=0.001", ["data.train_defect_proportion", "0.001"]),
+        ("optimization.batch_size=500", ["optimization.batch_size", "500"]),
+        ("data.image_root=none", ["data.image_root", "none"]),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_a_status(tmp_path, tiny_set, capsys, override, words):
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, tmp_path, tiny_set, "wrong", override)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and said.count("error:") == 1
+    status = read_json(tmp_path / "wrong/status.json")
+    assert status["state"] == "failed" and status["retryable"] is False
+    assert words[0] in status["why"]
+    assert (run(METHOD, tmp_path, tiny_set, "wrong") / "result.json").exists()  # mended: it goes on
+
+
+def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
+    argv = ["simclr.py", *arguments(METHOD, tiny_set, tmp_path, "wrong")]
+    for override in ("data.train_csv=none.csv", "optimization.lrr=1"):
+        done = torchrun(*argv, override)
+        assert done.returncode == 1  # torchrun's own
+        assert done.stderr.count("error: ") == 1 and "exitcode  : 2" in done.stderr, done.stderr
+        assert read_json(tmp_path / "wrong/status.json")["state"] == "failed"
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):
+    argv = arguments(METHOD, tiny_set, tmp_path, "locked")
+    cfg = load_config(simclr.Config, argv)
+    lock, _ = open_folder(tmp_path / "locked", identity(cfg, False), identity(cfg, True))
+    done = python("simclr.py", *argv)
+    lock.close()
+    assert done.returncode == 2 and f'"pid": {os.getpid()}' in done.stderr
+
+
+def unfinished(tmp_path, tiny_set, monkeypatch, name):
+    """A run with a checkpoint behind its last epoch, but without a result."""
+    monkeypatch.setattr(simclr.Run, "finish", lambda self, result: sys.exit(75))
+    with pytest.raises(SystemExit):
+        run(METHOD, tmp_path, tiny_set, name)
+    monkeypatch.undo()
+    return tmp_path / name
+
+
+def files_of(folder):
+    files = [p for p in folder.iterdir() if p.is_file() and p.name not in ("lock", "status.json")]
+    return {p.name: p.read_bytes() for p in files}
+
+
+def test_other_data_in_the_same_folder_is_refused(tmp_path, tiny_set, monkeypatch, capsys):
+    other = write_set(tmp_path / "other", seed=1, n_train=80)
+    folder = unfinished(tmp_path, tiny_set, monkeypatch, "data")
+    before = files_of(folder)
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, tmp_path, other, "data")
+    assert stop.value.code == 2 and "data_sha" in capsys.readouterr().err
+    assert files_of(folder) == before
+    run(METHOD, tmp_path, tiny_set, "data")  # finished: known by the paths
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, tmp_path, other, "data")
+    assert stop.value.code == 2 and "data.train_csv" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny_set, monkeypatch, capsys):
+    folder = unfinished(tmp_path, tiny_set, monkeypatch, "mine")
+    (tmp_path / "copy").mkdir()
+    for name in ("last.pt", "log.jsonl"):
+        shutil.copy(folder / name, tmp_path / "copy")
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, tmp_path, tiny_set, "copy", "optimization.lr=0.1")
+    assert stop.value.code == 2 and "optimization.lr: 0.3 -> 0.1" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
+    tmp_path, tiny_set, monkeypatch, capsys
+):
+    loss = simclr.nt_xent_loss
+    calls = []
+
+    def failing(z0, z1, temperature):
+        calls.append(1)
+        return loss(z0, z1, temperature) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(simclr, "nt_xent_loss", failing)
+    for log_every in (1, 50):  # noticed where it is logged, or where features are scored
+        calls.clear()
+        overrides = [f"run.log_every={log_every}", "run.checkpoint_every_steps=2"]
+        with pytest.raises(SystemExit) as stop:
+            run(METHOD, tmp_path, tiny_set, f"nan{log_every}", *overrides)
+        assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+        assert read_checkpoint(tmp_path / f"nan{log_every}/last.pt")["step"] == 2
+
+
+def test_a_fault_is_worth_retrying(tmp_path, tiny_set, monkeypatch, capsys):
+    def failing(z0, z1, temperature):
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setattr(simclr, "nt_xent_loss", failing)
+    with pytest.raises(SystemExit) as stop:
+        run(METHOD, tmp_path, tiny_set, "fault")
+    assert stop.value.code == 3 and "Traceback" in capsys.readouterr().err
+    status = read_json(tmp_path / "fault/status.json")
+    assert status["state"] == "failed" and status["retryable"] is True
+    assert "the device fell off" in status["why"]
+
+
+def test_without_any_label_there_are_features_but_no_scores(tmp_path):
+    nothing_known = write_set(tmp_path / "set", unlabelled=64)
+    overrides = [*nothing_known, "data.train_defect_proportion=null"]
+    result = read_json(run(METHOD, tmp_path, overrides, "blind", *overrides) / "result.json")
+    assert result["train_rows"]["unlabelled"] == 64 and result["val"]["n"] == 24
+    assert set(result["val_offline"]) >= {"auroc", "f1", "undefined", "n"}
+    assert result["val_offline"]["auroc"] is None and result["train"]["auroc"] is None
+    assert "too few" in result["val_offline"]["undefined"]["auroc"]
+    assert result["label_free"]["rankme"] > 1
+
+
+def three_ranks(argv, stop):
+    if stop:
+        original = simclr.Run.end_step
+
+        def stopping(self, *args, **kwargs):
+            if self.step == 1 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args, **kwargs)
+
+        simclr.Run.end_step = stopping
+    try:
+        simclr.main(argv)
+    except SystemExit as end:
+        return [torch.tensor(end.code)]
+    finally:
+        if stop:
+            simclr.Run.end_step = original
+    return [torch.tensor(0)]
+
+
+def test_three_ranks_stop_together_and_go_on_bit_for_bit(tmp_path, tiny_set):
+    def ranks(name, stop):
+        argv = arguments(METHOD, tiny_set, tmp_path, name, "optimization.batch_size=18")
+        codes = on_ranks(3, tmp_path / "r", three_ranks, argv, stop)
+        return [int(code[0]) for code in codes]
+
+    assert ranks("whole", stop=False) == [0, 0, 0]
+    assert ranks("stopped", stop=True) == [75, 75, 75]
+    assert ranks("stopped", stop=False) == [0, 0, 0]
+    for ours, whole in zip(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"), strict=True):
+        assert ours == whole
+
+
+def test_an_image_that_one_rank_cannot_read_is_one_message(tmp_path):
+    overrides = write_set(tmp_path / "set", n_train=32)
+    (tmp_path / "set/images/train_0007.png").write_bytes(b"junk")
+    argv = ["simclr.py", *arguments(METHOD, overrides, tmp_path, "bad")]
+    done = torchrun(*argv, "data.train_defect_proportion=null")
+    assert done.stderr.count("error: ") == 1 and "train_0007.png" in done.stderr
+    assert "simclr.py" not in done.stderr.replace("simclr.py FAILED", "")  # no traceback of ours
+    status = read_json(tmp_path / "bad/status.json")
+    assert status["state"] == "failed" and "train_0007.png" in status["why"]
