@@ -157,9 +157,7 @@ class DINO(nn.Module):
 
     def forward(self, views):
         """views: (V, B, 3, S, S) -> the student's features (V, B, D) and embeddings (V, B, E), and
-        logits (V * B, K) of student and teacher.
-
-        BatchNorm sees one view at a time.
+        logits (V * B, K) of student and teacher. BatchNorm sees one view at a time.
         """
         h = [self.backbone(view) for view in views]
         z, student = zip(*(self.head(features) for features in h), strict=True)

@@ -191,12 +191,11 @@ class Run:
         val, label_free = validation or (None, None)
         loss = float(state.loss_sum) / self.steps_per_epoch
         check_finite(f"the loss at step {self.step}", loss)
-        record = epoch_record(loss, {"train": train, "val": val, "label_free": label_free})
-        self._write("epoch", record)
+        scores = {"train": train, "val": val}
+        self._write("epoch", epoch_record(loss, {**scores, "label_free": label_free}))
         self.epochs_done += 1
-        line = epoch_line(loss, {"train": train, "val": val})
         epochs = f"epoch {self.epochs_done}/{self.cfg.optimization.epochs}"
-        say(f"{epochs}: {line}, {clock(self.seconds())}")
+        say(f"{epochs}: {epoch_line(loss, scores)}, {clock(self.seconds())}")
         state.train_scores, state.loss_sum = train, 0.0
         state.scores.clear()
         self._save(state)
