@@ -7,6 +7,7 @@ Here: byol_loss (Eq. 2, both directions), BYOL (online and target networks), the
 In common/: data, augmentations, LARS, schedules, the moving average, probe, scores, checkpoints.
 Deviation: views: crop, colour jitter and flip only, as the study.
 Deviation: BYOL's width: hidden layers of 2048 instead of 4096, as the study.
+Deviation: BYOL's biases: none in front of a BatchNorm, which would take them out again.
 
 Shapes: V = 2 views, B images a rank, D features, K embedding dimensions, S pixels.
 """

@@ -5,8 +5,8 @@
 
 Here: nt_xent_loss (Eq. 1), SimCLR (encoder and projector), the training loop.
 In common/: data, augmentations, LARS, schedules, probe, scores, label-free measures, checkpoints.
-Deviation: no BatchNorm in the projector and only one hidden layer, as the study.
-Deviation: crop, colour jitter and flip only, no greyscale and no blur, as the study.
+Deviation: SimCLR's projector: one hidden layer and no BatchNorm, as the study.
+Deviation: views: crop, colour jitter and flip only, no greyscale and no blur, as the study.
 
 Shapes: V = 2 views, B images a rank, W ranks, D features, K embedding dimensions, S pixels.
 """

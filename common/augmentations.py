@@ -3,8 +3,8 @@
 The worker draws everything that is random about a view from its key (seed, epoch, row, view), crops
 and resizes on uint8, and sends the colour factors along; the device applies them to a whole batch,
 each image with its own factors. Each operation is that of torchvision, image for image.
-Deviation: the order of the four colour operations is drawn a step and view, not an image, because a
-batch shares its kernels (torchvision draws it for every image).
+Deviation: order of the colour operations: drawn for each step and view, not for each image as by
+torchvision, because a batch shares its kernels.
 """
 
 import math

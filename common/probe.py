@@ -1,4 +1,8 @@
-"""The online linear probe: trained beside the encoder on what the encoder computes anyway."""
+"""The online linear probe: trained beside the encoder on what the encoder computes anyway.
+
+Deviation: online probe: its own SGD at the rate that the text gives, cosine to 0; the study's sat
+in the method's optimiser.
+"""
 
 import torch
 import torch.nn.functional as F

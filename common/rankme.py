@@ -1,4 +1,7 @@
-"""RankMe and simple statistics of features and embeddings: what can be told without labels."""
+"""RankMe and simple statistics of features and embeddings: what can be told without labels.
+
+Deviation: RankMe: of one fixed, clean set in eval mode; the study's was of augmented batches.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,8 @@
 """Subsets with a given defect proportion, and the batch sampler that resumes and distributes.
 
 Both are pure functions of their arguments: no state is kept, so nothing has to be restored.
+
+Deviation: train set size: it shrinks with the proportion, as the study's; subset_size fixes it.
 """
 
 import numpy as np

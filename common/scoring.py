@@ -1,4 +1,7 @@
-"""What a run is scored by: the online probe on train and val, the offline probe, label-free."""
+"""What a run is scored by: the online probe on train and val, the offline probe, label-free.
+
+Deviation: validation: on clean images; the study's Tables 1, 3 and 4 are on augmented views.
+"""
 
 import os
 from dataclasses import dataclass
