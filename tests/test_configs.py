@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT, read_yaml
-from small import PAIRS
+from small import METHODS, PAIRS
 
 from common.config import read_config, run_name
 from common.schema import read_yaml as read_strictly
@@ -129,7 +129,8 @@ def load(path):
 def test_every_config_loads_and_reads_the_same_as_with_plain_yaml(path):
     cfg = load(path)
     assert read_strictly(path) == read_yaml(path)
-    assert path.name in path.read_text().split("\n")[1] or path.stem == "demo"
+    launch = path.read_text().split("\n")[1]
+    assert f"{cfg.method}.py --config configs/{path.name}" in launch, "line 2 tells how to run it"
     assert run_name(cfg).startswith(f"{cfg.method}_{cfg.backbone}_p")
 
 
@@ -139,7 +140,7 @@ def test_run_names_are_unique():
     assert len({run_name(c) for c in configs}) == len(configs)
 
 
-PAPER = [p for p in CONFIGS if p.stem.endswith(("_r18", "_vit_tiny"))]
+PAPER = [p for p in CONFIGS if p.stem in {f"{m}_{b}" for m in METHODS for b in ("r18", "vit_tiny")}]
 
 
 def test_there_is_one_config_a_method_and_backbone():
