@@ -1,0 +1,81 @@
+"""What run_grid.sh calls: plan, run and status of a grid."""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+
+import torch
+
+from common.errors import UserError
+from common.progress import clock, say
+from common.study.grid import read_grid, seconds_left, state
+from common.study.launch import Launcher, calibrate, log_path, tail
+
+GRID = "configs/grid/paper.yaml"
+
+
+def plan(runs, args):
+    """Every run with its command, and what the rest will take."""
+    if args.calibrate:
+        calibrate([run for run in runs if state(run)[0] != "finished"])
+    for run in runs:
+        print(f"# {run.name} ({', '.join(run.groups)}): {state(run)[0]}")
+        print(shlex.join(run.command(nproc=args.nproc)))
+    print(f"# {len(runs)} runs; {_left(runs, args.jobs)}")
+
+
+def status(runs, args):
+    """How many runs are in which state, what failed, and what the rest will take."""
+    states = {run.name: state(run) for run in runs}
+    counts = Counter(at for at, _ in states.values())
+    print(", ".join(f"{n} {at}" for at, n in counts.items()))
+    for run in runs:
+        at, why = states[run.name]
+        if at in ("running", "failed", "preempted"):
+            print(f"{at}: {run.name}" + (f": {why}" if why else ""))
+        if at == "failed":
+            print(tail(log_path(run)))
+    print(_left(runs, args.jobs))
+
+
+def _left(runs, jobs):
+    left = [run for run in runs if state(run)[0] != "finished"]
+    seconds, unknown = seconds_left(left, runs)
+    text = f"{len(left)} left, about {clock(seconds / jobs)} with {jobs} at a time"
+    if unknown:
+        text += f", and {unknown} runs of unknown length: see plan --calibrate"
+    return text
+
+
+def run(runs, args):
+    """Start what is not finished. Exits with the launcher's code."""
+    if args.only:
+        unknown = set(args.only) - {r.name for r in runs}
+        if unknown:
+            raise UserError(f"--only {', '.join(sorted(unknown))}: no such run in this grid")
+        runs = [r for r in runs if r.name in args.only]
+    gpus = torch.cuda.device_count()
+    sys.exit(Launcher(runs, args.jobs, args.nproc, gpus).run())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
+    parser.add_argument("command", choices=["plan", "run", "status"])
+    parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its own GPU")
+    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
+    parser.add_argument("--only", action="append", metavar="NAME", help="run: this one; repeatable")
+    parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        runs = read_grid(args.grid, args.overrides)
+        {"plan": plan, "run": run, "status": status}[args.command](runs, args)
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

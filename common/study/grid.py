@@ -1,0 +1,196 @@
+"""The runs of a study: a grid file names base configs, axes and overrides; here they become runs.
+
+    groups:
+      NAME:                                       of a set of runs, for the report
+        configs: [configs/simclr_r18.yaml, ...]
+        axes: {data.train_defect_proportion: [0.01, 0.45], seed: [42]}
+        overrides: {optimization.epochs: 2}
+
+A group's runs are every config with every combination of its axes. A run's folder carries a hash of
+its resolved config, so two different runs never share one, and a run of two groups is one run.
+"""
+
+import dataclasses
+import fcntl
+import importlib
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.annotations import read_annotations
+from common.config import read_config, run_name
+from common.errors import ConfigError
+from common.run_folder import LOCK, RESULT, STATUS, read_json
+from common.sampler import imbalanced_indices
+from common.schema import build, parse_yaml, read_yaml
+
+CALIBRATION = "calibration.json"  # in the output folder: seconds an image, by what costs time
+
+
+@dataclass(frozen=True)
+class Group:
+    configs: list
+    axes: dict
+    overrides: dict
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run: what is started, and where it leaves its results."""
+
+    name: str
+    groups: tuple  # names of the groups that it belongs to
+    config: str  # path of the base config
+    overrides: tuple  # section.key=value
+    cfg: object  # the resolved config
+
+    @property
+    def folder(self):
+        return Path(self.cfg.run.output_dir) / self.name
+
+    def command(self, python="python", nproc=1):
+        """What to start as a list of words; nproc: processes (GPUs) of this run."""
+        launch = (
+            [python] if nproc == 1 else ["torchrun", "--standalone", f"--nproc_per_node={nproc}"]
+        )
+        return [*launch, f"{self.cfg.method}.py", "--config", self.config, *self.overrides]
+
+
+def read_grid(path, overrides=()):
+    """A grid file -> list of GridRun in the file's order, each run once.
+
+    overrides: `section.key=value` for every run, as on a script's command line. One that names an
+    axis replaces its values, a list giving several. Raises ConfigError with every problem.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict) or set(values) != {"groups"} or not values["groups"]:
+        raise ConfigError(f"{path}: expected the one key 'groups', with groups in it")
+    problems, runs = [], {}
+    for name, content in values["groups"].items():
+        group = build(Group, content, problems, f"groups.{name}")
+        for config, chosen in _combinations(group, overrides) if group else ():
+            try:
+                cfg = _resolve(config, chosen)
+            except ConfigError as error:
+                problems.append(f"groups.{name}: {error}")
+                break  # the group's other runs have the same mistake
+            run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
+            if run.name in runs:
+                run = dataclasses.replace(run, groups=(*runs[run.name].groups, name))
+            runs[run.name] = run
+    if problems:
+        raise ConfigError("\n  ".join([f"{path}:", *problems]))
+    return list(runs.values())
+
+
+def _combinations(group, overrides):
+    """(config, overrides) of every run of a group."""
+    axes, fixed = dict(group.axes), {}
+    for key, value in group.overrides.items():
+        fixed[key] = json.dumps(value)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override '{override}': expected section.key=value")
+        if key in axes:
+            value = parse_yaml(text, f"override '{override}'")
+            axes[key] = value if isinstance(value, list) else [value]
+        else:
+            fixed[key] = text
+    for config in group.configs:
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, map(json.dumps, values), strict=True)) | fixed
+            yield config, tuple(f"{key}={value}" for key, value in chosen.items())
+
+
+def _resolve(config, overrides):
+    """The config of a run by the rules of its own script."""
+    values = read_yaml(config)
+    method = values.get("method") if isinstance(values, dict) else None
+    if not isinstance(method, str) or not Path(f"{method}.py").is_file():
+        raise ConfigError(f"{config}: method: there is no script {method}.py")
+    return read_config(importlib.import_module(method).Config, config, overrides)
+
+
+def state(run):
+    """finished, running, preempted, failed or queued; and why, where status.json says so."""
+    if (run.folder / RESULT).exists():
+        return "finished", None
+    status = read_json(run.folder / STATUS) or {}
+    if is_held(run.folder / LOCK):
+        return "running", None
+    at, why = status.get("state", "queued"), status.get("why")
+    if at == "running":  # nobody holds it: it was killed
+        return "preempted", "killed"
+    return at, why
+
+
+def is_held(path):
+    """Whether another process holds the lock file."""
+    try:
+        with open(path, "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+# What a run will take: seconds an image, measured on what costs as much, times its images.
+
+
+def cost_key(run):
+    """Runs of one key take the same time an image."""
+    cfg = run.cfg
+    frozen = "random " if cfg.run.frozen_encoder else ""
+    return f"{frozen}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
+
+
+def seconds_per_image(runs):
+    """{cost_key: seconds}, from finished runs, else from what was calibrated."""
+    known = {}
+    for folder in {run.folder.parent for run in runs}:
+        known |= read_json(folder / CALIBRATION) or {}
+    measured = {}
+    for run in runs:
+        result = read_json(run.folder / RESULT)
+        if result:
+            images = sum(result["train_rows"].values()) * result["epochs"]
+            measured.setdefault(cost_key(run), []).append(result["seconds"] / max(images, 1))
+    return known | {key: sum(times) / len(times) for key, times in measured.items()}
+
+
+class ImageCount:
+    """Training images of a run over its epochs; None while its train_csv is not there."""
+
+    def __init__(self):
+        self._annotations = {}
+
+    def __call__(self, run):
+        data = run.cfg.data
+        if data.train_csv not in self._annotations:
+            there = os.path.exists(data.train_csv)
+            self._annotations[data.train_csv] = read_annotations(data.train_csv) if there else None
+        train = self._annotations[data.train_csv]
+        if train is None:
+            return None
+        p, size = data.train_defect_proportion, data.subset_size
+        rows = imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)
+        return len(rows) * run.cfg.optimization.epochs
+
+
+def seconds_left(runs, all_runs):
+    """Estimated seconds of `runs`, and of how many of them nothing is known."""
+    rates, count = seconds_per_image(all_runs), ImageCount()
+    total, unknown = 0.0, 0
+    for run in runs:
+        rate = rates.get(cost_key(run))
+        images = count(run) if rate is not None else None
+        if images is None:
+            unknown += 1
+        else:
+            total += rate * images
+    return total, unknown

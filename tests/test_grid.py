@@ -1,0 +1,172 @@
+"""Grids: which runs they are, and that these are started, stopped, gone on with and retried."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import yaml
+from conftest import ROOT, TINY
+from small import HEAD
+
+from common.errors import ConfigError
+from common.run_folder import read_json, write_json
+from common.study.grid import cost_key, read_grid, seconds_left, state
+from common.study.launch import log_path
+
+PAPER = ROOT / "configs/grid/paper.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_projects_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_papers_grid_has_the_papers_runs():
+    runs = read_grid(PAPER)
+    groups = Counter(group for run in runs for group in run.groups)
+    assert groups == {"methods": 55, "random": 10, "resolution": 10, "augmentation": 35}
+    assert len({run.name for run in runs}) == len(runs) == 110
+    methods = [run for run in runs if run.groups == ("methods",)]
+    assert len({(r.cfg.method, r.cfg.backbone) for r in methods}) == 11
+    assert {r.cfg.data.train_defect_proportion for r in methods} == {0.01, 0.02, 0.05, 0.15, 0.45}
+    assert all(r.cfg.run.frozen_encoder == ("random" in r.groups) for r in runs)
+    assert all(r.cfg.data.fraction == (0.25 if "augmentation" in r.groups else 1) for r in runs)
+    sizes = {r.cfg.data.image_size for r in runs if "resolution" in r.groups}
+    assert sizes == {64, 128, 224, 384, 512}
+
+
+def test_an_override_replaces_an_axis_or_sets_every_run():
+    runs = read_grid(
+        PAPER, ["seed=[1, 2]", "data.train_defect_proportion=0.05", "data.fraction=0.5"]
+    )
+    groups = Counter(group for run in runs for group in run.groups)
+    assert groups == {"methods": 22, "random": 4, "resolution": 20, "augmentation": 70}
+    assert {r.cfg.seed for r in runs} == {1, 2} and {r.cfg.data.fraction for r in runs} == {0.5}
+    assert read_grid(PAPER, ["data.fraction=0.5"])[0].name != read_grid(PAPER)[0].name
+
+
+def write_grid(path, **groups):
+    path.write_text(yaml.safe_dump({"groups": groups}))
+    return path
+
+
+def group(configs=("configs/simclr_r18.yaml",), axes=None, **overrides):
+    return {"configs": list(configs), "axes": axes or {}, "overrides": overrides}
+
+
+def test_a_run_of_two_groups_is_one_run(tmp_path):
+    path = write_grid(
+        tmp_path / "g.yaml", a=group(axes={"seed": [1, 2]}), b=group(axes={"seed": [2]})
+    )
+    assert [run.groups for run in read_grid(path)] == [("a",), ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"groups": {"a": group(["configs/none.yaml"])}}, ["configs/none.yaml"]),
+        ({"groups": {"a": {"configs": [], "axes": {}}}}, ["groups.a.overrides"]),
+        (
+            {"groups": {"a": group(**{"optimization.lrr": 1})}},
+            ["groups.a", "optimization.lrr", "lr"],
+        ),
+        ({"runs": []}, ["groups"]),
+    ],
+)
+def test_mistakes_are_told_by_group_and_key(tmp_path, content, words):
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as error:
+        read_grid(tmp_path / "g.yaml")
+    assert all(word in str(error.value) for word in [*words, "g.yaml"])
+
+
+def test_the_time_left_comes_from_what_is_finished(tmp_path, tiny_set):
+    overrides = [*tiny_set, *TINY, f"run.output_dir={tmp_path}"]
+    path = write_grid(tmp_path / "g.yaml", a=group(axes={"seed": [1, 2, 3]}))
+    runs = read_grid(path, overrides)
+    assert seconds_left(runs, runs) == (0, 3)
+    runs[0].folder.mkdir()
+    rows = {"normal": 37, "defect": 12, "unlabelled": 8}
+    write_json(runs[0].folder / "result.json", {"train_rows": rows, "epochs": 2, "seconds": 114})
+    assert [state(run)[0] for run in runs] == ["finished", "queued", "queued"]
+    seconds, unknown = seconds_left(runs[1:], runs)
+    assert unknown == 0 and seconds == pytest.approx(2 * 114)
+    assert cost_key(runs[0]) == "simclr resnet18  32 px"
+
+
+def door(*args, **kwargs):
+    """./run_grid.sh"""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    words = ["./run_grid.sh", *map(str, args)]
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def small_grid(tmp_path, tiny_set, seeds, **more):
+    settings = dict(o.split("=", 1) for o in [*tiny_set, *TINY, *HEAD])
+    settings = {key: yaml.safe_load(value) for key, value in settings.items()}
+    settings["run.output_dir"] = str(tmp_path / "runs")
+    return write_grid(tmp_path / "g.yaml", a=group(axes={"seed": seeds}, **settings | more))
+
+
+def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(tmp_path, tiny_set):
+    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 30})
+    runs = read_grid(path)
+    first = door("run", "--grid", path)
+    second = door("run", "--grid", path)  # at the same time: takes the other run
+    deadline = time.monotonic() + 120
+    while not all((run.folder / "log.jsonl").exists() for run in runs):
+        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    second.send_signal(signal.SIGINT)
+    assert first.wait() == second.wait() == 75
+    assert [state(run)[0] for run in runs] == ["preempted", "preempted"]
+    steps = [read_json(run.folder / "provenance.json")["step"] for run in runs]
+    assert steps == [0, 0]
+    again = door("run", "--grid", path)
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    assert [state(run)[0] for run in runs] == ["finished", "finished"]
+    for run in runs:  # each was started twice, and the second time went on
+        provenance = read_json(run.folder / "provenance.json")
+        assert provenance["step"] > 0 and len(provenance["earlier_starts"]) == 1
+    times = [(run.folder / "result.json").stat().st_mtime_ns for run in runs]
+    assert door("run", "--grid", path).wait() == 0
+    assert times == [(run.folder / "result.json").stat().st_mtime_ns for run in runs]
+    status = door("status", "--grid", path).communicate()[0]
+    assert "2 finished" in status and "0 left" in status
+
+
+def test_a_failed_run_is_listed_with_its_log_and_the_others_go_on(tmp_path, tiny_set):
+    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 1})
+    runs = read_grid(path)
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "last.pt").write_bytes(b"junk")  # no checkpoint: the user has to look
+    process = door("run", "--grid", path)
+    said, _ = process.communicate()
+    assert process.returncode == 3
+    assert f"failed: {runs[0].name}" in said and "    error: " in said and "last.pt" in said
+    assert log_path(runs[0]).read_text().count("error: ") == 1  # not retried
+    assert [state(run)[0] for run in runs] == ["failed", "finished"]
+    assert f"failed: {runs[0].name}" in door("status", "--grid", path).communicate()[0]
+
+
+def test_calibration_times_what_nothing_is_known_of(tmp_path, tiny_set):
+    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 20})
+    said = door("plan", "--calibrate", "--grid", path).communicate()[0]
+    known = json.loads((tmp_path / "runs/calibration.json").read_text())
+    assert list(known) == ["simclr resnet18  32 px"] and 0 < known["simclr resnet18  32 px"] < 1
+    assert "unknown" not in said and "2 runs; 2 left, about" in said
