@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.metrics import all_scores
+from common.study.evaluate import StoredScores, draw_subsets, intervals, load_scores
+
+NAMES = ("RB", "FS", "OS")  # the last one is rare
+
+
+def some(n=6000, seed=0):
+    """Scores of a middling probe on n images, 40 % of them defects."""
+    rng = np.random.default_rng(seed)
+    label = (np.arange(n) % 5 < 2).astype(int)
+    logit = rng.normal(label * 1.2 - 0.5, 1).round(2)  # with ties
+    classes = rng.random((n, 3)) < np.array([0.6, 0.4, 0.004])
+    classes &= (label == 1)[:, None]
+    return StoredScores(logit, label, classes, NAMES)
+
+
+@pytest.mark.parametrize("prevalence", [0.02, 0.15, 0.6])
+def test_the_closed_form_is_the_mean_of_drawn_subsets(prevalence):
+    scores = some()
+    drawn, closed = draw_subsets(scores, prevalence, draws=300), scores.at(prevalence)
+    for name in ("precision", "recall", "f1", "f2", "f1_normal", "auroc"):
+        values = drawn[name]
+        error = values.std(ddof=1) / len(values) ** 0.5
+        # A ratio of small counts is biased in the second order; recall and auroc are not.
+        slack = 0 if name in ("recall", "auroc") else 0.3 * values.std()
+        assert abs(values.mean() - closed[name]) < 4 * error + slack + 1e-6, name
+    total = 3600 / (1 - prevalence) if prevalence < 0.4 else 2400 / prevalence
+    assert drawn["n"][0] == pytest.approx(total, abs=1)
+
+
+def test_f2_ciw_of_small_subsets_is_biased_by_rare_classes():
+    """A class without an image in the subset scores 0, as the study defines it."""
+    scores = some()
+    closed = scores.at(0.01)["f2_ciw"]
+    few, many = (draw_subsets(scores, p, draws=200)["f2_ciw"] for p in (0.01, 0.39))
+    assert few.mean() < closed - 5 * few.std() / 200**0.5
+    assert abs(many.mean() - closed) < 0.01
+
+
+def test_intervals_cover_and_shrink_with_the_number_of_images():
+    """Of 60 data sets, the 95 % interval of most contains what a very large one has."""
+    truth = some(400_000, seed=99)
+    covered = {"f1": 0, "auroc": 0, "f2_ciw_strict": 0}
+    for seed in range(60):
+        found = intervals(some(1500, seed), 0.1, draws=100)
+        for name in covered:
+            low, high = found[name]
+            covered[name] += low <= truth.at(0.1)[name] <= high
+    assert 50 <= covered["f1"] and 50 <= covered["auroc"], covered
+    wide, narrow = (np.diff(intervals(some(n), 0.1)["f1"])[0] for n in (1500, 24000))
+    assert wide / narrow == pytest.approx(4, rel=0.35)
+
+
+@pytest.mark.parametrize("prevalence", [None, 0.01, 0.45])
+def test_intervals_are_around_the_scores(prevalence):
+    scores = some()
+    at, found = scores.at(prevalence), intervals(scores, prevalence)
+    assert set(found) == {
+        *("precision", "recall", "f1", "f2", "f1_normal", "f2_ciw", "f2_ciw_strict", "auroc")
+    }
+    for name, (low, high) in found.items():
+        assert low < at[name] < high, name
+    assert found == intervals(scores, prevalence)  # the draws are keyed
+
+
+def test_without_classes_or_without_a_group_there_is_less():
+    scores = some()
+    plain = StoredScores(scores.logit, scores.label, np.zeros((6000, 0), bool), ())
+    assert "f2_ciw" not in intervals(plain, 0.1) and "f1" in intervals(plain, 0.1)
+    normal = scores.label == 0
+    only = StoredScores(scores.logit[normal], scores.label[normal], scores.classes[normal], NAMES)
+    assert intervals(only, 0.1) == {} and only.at(0.1)["f1"] is None
+
+
+def test_stored_scores_are_read_back(tmp_path):
+    scores = some(50)
+    label = scores.label.copy()
+    label[3] = -1
+    stored = {"logit": scores.logit, "logit_offline": np.full(50, np.nan), "label": label}
+    np.savez(tmp_path / "val_scores.npz", **stored, classes=scores.classes, class_names=NAMES)
+    back = load_scores(tmp_path)
+    expected = all_scores(scores.logit, label, scores.classes, NAMES)
+    assert back.at(None) == expected and len(back.label) == 49 and back.class_names == NAMES
+    with pytest.raises(UserError, match="val_scores.npz: the offline probe"):
+        load_scores(tmp_path, "offline")
+    (tmp_path / "val_scores.npz").write_bytes(b"junk")
+    with pytest.raises(UserError, match="val_scores.npz: cannot be read"):
+        load_scores(tmp_path)
