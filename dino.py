@@ -94,7 +94,7 @@ def dino_loss(student_logits, teacher_logits, center, student_temperature, teach
 
 @torch.no_grad()
 def teacher_statistics(logits, center, temperature, loss):
-    """Is the teacher's output constant, and is it then uniform or one-hot? In nats, of this rank.
+    """Is the teacher's output constant, and is it then uniform or one-hot? In nats.
 
     logits: (2B, K); loss: dino_loss of them. Entropy of a view's distribution (ln K: uniform, 0:
     one-hot), KL from the student's, and information: how much lower the entropy of a view is than
@@ -102,7 +102,7 @@ def teacher_statistics(logits, center, temperature, loss):
     """
     log_q = F.log_softmax((logits - center) / temperature, dim=1)
     entropy = -(log_q.exp() * log_q).sum(dim=1).mean()
-    information = torch.special.entr(log_q.exp().mean(dim=0)).sum() - entropy
+    information = torch.special.entr(all_reduce_mean(log_q.exp().mean(dim=0))).sum() - entropy
     collapsed = information < 0.01 * math.log(len(logits))  # the logarithm is the most it can be
     notes = {"log_num_prototypes": math.log(logits.shape[1]), "teacher_information": information}
     notes |= {"teacher_entropy": entropy, "teacher_student_kl": loss - entropy}
@@ -135,7 +135,8 @@ class Head(nn.Module):
 
     def forward(self, h):
         """h: (B, D) -> embeddings (B, E) of norm 1, logits (B, K)."""
-        z = F.normalize(self.projector(h), dim=1)
+        z = self.projector(h)
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # half is too few
         return z, self.prototypes(z)
 
 

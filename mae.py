@@ -6,10 +6,8 @@
 Here: random_masking, patchify and mae_loss, MAE (encoder and decoder), the training loop.
 In common/: data, augmentations, AdamW, schedules, probe, scores, label-free measures, checkpoints.
 Deviation: views: crop, colour jitter and flip; the original has no jitter, and crops down to .2.
-Deviation: MAE's views: two of an image, each with its own mask, losses averaged, as the paper's
-text says of every method; the original has one.
-Deviation: MAE's gradient: encoder and decoder are trained; the study's code overwrote what the
-loss was of, and nothing but its probe learned.
+Deviation: MAE's views: two, each with its own mask, as the paper's text; the original has one.
+Deviation: MAE's gradient: reaches encoder and decoder; the study's, by a mistake, reached neither.
 Deviation: MAE's heads: the encoder has 3, as the other methods' ViT-Tiny; the study's MAE had 12.
 
 Shapes: V = 2 views, B images a rank, N = V * B, S pixels, P patch size, L patches, D features.
@@ -66,6 +64,14 @@ class Config:
     probe: Probe
     run: RunOptions
     num_heads: Count | None = None  # vit_tiny only; null: the backbone's own, 3
+
+    def problems(self):
+        """Sentences about values that do not go together."""
+        ssl = self.ssl_settings
+        if ssl.decoder_embed_dim % ssl.decoder_num_heads or ssl.decoder_embed_dim % 4:
+            yield "ssl_settings.decoder_embed_dim: expected a multiple of 4 and decoder_num_heads"
+        if self.data.image_size == self.patch_size:
+            yield "patch_size: of one patch an image, none could be hidden"
 
 
 # =============================== loss ===============================

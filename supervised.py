@@ -12,7 +12,6 @@ Shapes: V = 1 view, B images a rank, D features, S pixels.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,6 +22,7 @@ from common.checkpoint import TrainState
 from common.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
 from common.data import build_loaders
 from common.distributed import all_reduce_mean, mixed_precision, to_device, wrap
+from common.errors import UserError
 from common.optim import build_optimizer, set_lr
 from common.probe import LinearProbe, pos_weight
 from common.process import entry_point
@@ -62,7 +62,7 @@ def supervised_loss(logits, labels, pos_weight):
     target = labels.clamp_min(0).to(logits.dtype)
     weight = labelled * (1 + (pos_weight - 1) * target)
     total = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
-    return total / all_reduce_mean(labelled.sum()).clamp_min(torch.finfo(logits.dtype).tiny)
+    return total / all_reduce_mean(labelled.sum()).clamp_min(1e-6)  # 0 without labels
 
 
 # ============================== model ===============================
@@ -116,6 +116,8 @@ def main(argv=None):
     )
     # --- end shared ---
 
+    if not frozen and not (train.defect[rows] >= 0).any():
+        raise UserError(f"{data.train_csv}: no image has a label, so nothing can be learned")
     model = Supervised(backbone, feature_dim)
 
     # --- shared: optimisation ---

@@ -138,7 +138,7 @@ def read_config(config_class, path, overrides=()):
         raise ConfigError(f"{path}: method: this script is for {method}, the config for {got}")
     problems = []
     cfg = build(config_class, values, problems)
-    problems = problems or list(_cross_checks(cfg))
+    problems = problems or [*_cross_checks(cfg), *getattr(cfg, "problems", list)()]
     if problems:
         raise ConfigError("\n  ".join([f"{path}:", *problems]), values)
     return cfg

@@ -134,7 +134,8 @@ def broadcast_buffers(model):
 def mixed_precision(precision, device):
     """precision: fp16 | bf16 | fp32 -> (autocast context, gradient scaler).
 
-    The scaler does something for fp16 on CUDA only. On CPU fp16 runs as fp32.
+    The scaler does something for fp16 on CUDA only. On CPU fp16 runs as fp32. On CUDA, convolutions
+    in fp32 may use TF32, as torch does unless told otherwise; matrix products, so losses, do not.
     """
     half = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     if device.type == "cpu" and precision == "fp16":

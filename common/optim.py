@@ -1,4 +1,8 @@
-"""LARS, and the parameter groups of a run's optimiser."""
+"""LARS, and the parameter groups of a run's optimiser.
+
+Deviation: AdamW: betas (momentum, .999), decay of everything, as the study; of the originals some
+have .95, and none decays biases and norms.
+"""
 
 import torch
 

@@ -2,9 +2,13 @@ import math
 
 import pytest
 import torch
+from small import run
+from test_methods import watch_updates
 from torch import nn
 
+import dino
 from common.backbones import build_backbone
+from common.checkpoint import read_checkpoint
 from dino import DINO, Head, dino_loss, teacher_statistics
 
 
@@ -118,3 +122,65 @@ def test_the_teacher_is_a_copy_without_gradient_and_the_centre_is_saved():
     mine = {id(p) for p in model.student().parameters()}
     assert not any(id(p) in mine or p.requires_grad for p in model.teacher.parameters())
     assert "center" in model.state_dict()
+
+
+PROTOTYPES = [f"head.prototypes.parametrizations.weight.original{i}" for i in (0, 1)]
+
+
+def test_the_prototypes_stay_as_they_are_in_the_first_epochs(tmp_path, tiny_set):
+    def prototypes(name, *overrides):
+        folder = run("dino", tmp_path, tiny_set, name, "optimization.epochs=1", *overrides)
+        model = read_checkpoint(folder / "last.pt")["model"]
+        return [model[name] for name in PROTOTYPES]
+
+    start = prototypes("start", "run.frozen_encoder=true")
+    for ours, first in zip(prototypes("frozen"), start, strict=True):
+        assert torch.equal(ours, first)
+    for ours, first in zip(
+        prototypes("free", "ssl_settings.freeze_prototyper=0"), start, strict=True
+    ):
+        assert not torch.equal(ours, first)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_each_parameter_of_the_backbone_is_clipped_alone(clip, tmp_path, tiny_set, monkeypatch):
+    """With a loss 10,000 times as large, and under a gradient scaler, which must not count."""
+    norms = {}
+
+    def seen(event, *what):
+        if event == "gradients":
+            for name, p in what[0].named_parameters():
+                if p.grad is not None:
+                    norms.setdefault(name.split(".")[0], []).append(float(p.grad.norm()))
+
+    loss, scaler = dino.dino_loss, torch.amp.GradScaler("cpu", init_scale=1024.0)
+    autocast = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(dino, "dino_loss", lambda *args: 1e4 * loss(*args))
+    monkeypatch.setattr(dino, "mixed_precision", lambda *_: (autocast, scaler))
+    watch_updates(dino, monkeypatch, seen)
+    quick = ["optimization.epochs=1", f"ssl_settings.clip_grad={str(clip).lower()}"]
+    run("dino", tmp_path, tiny_set, "clip", *quick)
+    assert max(norms["head"]) > 10
+    if clip:
+        assert max(norms["backbone"]) == pytest.approx(1, rel=1e-5)
+    else:
+        assert max(norms["backbone"]) > 10
+
+
+def test_the_centre_is_the_moving_average_of_teacher_logits(tmp_path, tiny_set, monkeypatch):
+    loss, means, centers = dino.dino_loss, [], []
+
+    def watching(student, teacher, center, *temperatures):
+        means.append(teacher.mean(dim=0).clone())
+        centers.append(center.clone())
+        return loss(student, teacher, center, *temperatures)
+
+    monkeypatch.setattr(dino, "dino_loss", watching)
+    folder = run("dino", tmp_path, tiny_set, "center")
+    expected = torch.zeros(64)
+    for mean, used in zip(means, centers, strict=True):
+        torch.testing.assert_close(used, expected)  # this step's own logits are not in it yet
+        expected = 0.9 * expected + 0.1 * mean
+    saved = read_checkpoint(folder / "last.pt")["model"]["center"]
+    torch.testing.assert_close(saved, expected)
+    assert saved.abs().sum() > 0

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from small import run
 
 from common.backbones import build_backbone
 from mae import MAE, mae_loss, patchify, random_masking
@@ -172,3 +173,17 @@ def test_features_are_of_the_whole_image():
     mean, _ = small("mean_of_patches").encode(images)
     tokens = small().backbone.forward_features(images)
     torch.testing.assert_close(mean, tokens[:, 1:].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["ssl_settings.decoder_embed_dim=30", "ssl_settings.decoder_num_heads=3"], "embed_dim"),
+        (["ssl_settings.decoder_num_heads=5"], "decoder_num_heads"),
+        (["patch_size=32"], "patch_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told(tmp_path, tiny_set, capsys, overrides, word):
+    with pytest.raises(SystemExit) as stop:
+        run("mae", tmp_path, tiny_set, "wrong", *overrides)
+    assert stop.value.code == 2 and word in capsys.readouterr().err

@@ -13,6 +13,7 @@ from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import mae
 from common.backbones import build_backbone
 from common.checkpoint import read_checkpoint
 from common.probe import RunningScores
@@ -25,7 +26,7 @@ def inputs(n=8, size=32, seed=3):
     generator = torch.manual_seed(seed)
     views = torch.randn(2, n, 3, size, size, generator=generator).double()
     noise = torch.rand(2, n, (size // 8) ** 2, generator=generator)
-    return views, noise, torch.tensor([1, 0, 1, -1, 0, 0, 0, -1][:n], dtype=torch.int8)
+    return views, noise, torch.tensor([1, 0, 1, 0, 0, -1, -1, -1][:n], dtype=torch.int8)
 
 
 def without_batchnorm(model):
@@ -230,12 +231,92 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, finished, tmp_path, tiny_set,
         assert ours == whole
 
 
-@pytest.mark.parametrize("part", ["target.", "center"])
-def test_what_a_method_keeps_beside_its_encoder_is_saved(part, finished):
-    method = {"target.": "byol", "center": "dino"}[part]
-    saved = read_checkpoint(finished(method)[0] / "last.pt")["model"]
-    mine = [v for k, v in saved.items() if k.startswith(part) and v.dtype.is_floating_point]
-    assert mine and any(v.abs().sum() > 0 for v in mine)
+def watch_updates(script, patch, seen):
+    """Call seen("gradients", model) before a step of the optimiser, seen("step") after it, and
+    seen("ema", teacher, student, tau) after the teacher's update."""
+    build, ema = script.build_optimizer, getattr(script, "ema_update", None)
+
+    def building(model, *how):
+        optimizer = build(model, *how)
+        optimizer.register_step_pre_hook(lambda *_: seen("gradients", model))
+        optimizer.register_step_post_hook(lambda *_: seen("step"))
+        return optimizer
+
+    def averaging(teacher, student, tau):
+        ema(teacher, student, tau)
+        seen("ema", teacher, student, tau)
+
+    patch.setattr(script, "build_optimizer", building)
+    if ema is not None:
+        patch.setattr(script, "ema_update", averaging)
+
+
+@pytest.mark.parametrize("method", ["byol", "dino"])
+def test_the_teacher_follows_the_student_after_each_step(method, tmp_path, tiny_set, monkeypatch):
+    events, students, taus = [], [], []
+
+    def seen(event, *what):
+        events.append(event)
+        if event == "ema":
+            teacher, student, tau = what
+            students.append([p.detach().clone() for p in student.parameters()])
+            taus.append(tau)
+            assert not {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+
+    script = importlib.import_module(method)
+    watch_updates(script, monkeypatch, seen)
+    folder = run(method, tmp_path, tiny_set, "ema")
+    assert events == ["gradients", "step", "ema"] * 6
+    assert taus == pytest.approx(
+        [0.999 - 0.003 * (1 + np.cos(np.pi * k / 5)) / 2 for k in range(6)]
+    )
+    model = read_checkpoint(folder / "last.pt")["model"]
+    monkeypatch.undo()
+    # The recursion from the first weights on, over the teacher's parameters in their order.
+    first = run(method, tmp_path, tiny_set, "first", "run.frozen_encoder=true")
+    start = read_checkpoint(first / "last.pt")["model"]
+    names = [k for k in start if k.startswith(("target.", "teacher.")) and "running" not in k]
+    names = [k for k in names if "num_batches" not in k]
+    for i, name in enumerate(names):
+        expected = start[name].double()
+        for student, tau in zip(students, taus, strict=True):
+            expected = tau * expected + (1 - tau) * student[i].double()
+        torch.testing.assert_close(model[name].double(), expected, rtol=1e-5, atol=3e-7)
+    assert any(not torch.equal(model[name], start[name]) for name in names)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_scaler_changes_nothing(method, finished, tmp_path, tiny_set, monkeypatch):
+    """On CUDA fp16 scales the loss by 65536; here the same on fp32, a power of two: exact."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    autocast = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(
+        importlib.import_module(method), "mixed_precision", lambda *_: (autocast, scaler)
+    )
+    folder = run(method, tmp_path, tiny_set, "scaled")
+    losses = [
+        [record["loss"] for record in read_log(f, "step")] for f in (folder, finished(method)[0])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert scaler.get_scale() == 65536
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains(method, tmp_path, tiny_set):
+    folder = run(method, tmp_path, tiny_set, "bf16", "optimization.precision=bf16")
+    losses = [record["loss"] for record in read_log(folder, "step")]
+    assert losses == pytest.approx(STORED_LOSSES[method], rel=0.2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forward_pass_compiles_into_one_graph(method):
+    model, _ = build(method, "vit_tiny" if method == "mae" else "resnet18")
+    views, noise, _ = inputs()
+    views = views.float()
+    arguments = {"mae": (views.flatten(0, 1), noise.flatten(0, 1)), "supervised": (views[:1],)}
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(*arguments.get(method, (views,)))
+    assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
 
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -250,11 +331,12 @@ def test_a_random_encoder_stays_random(method, backbone, tmp_path, tiny_set):
     saved = read_checkpoint(folder / "last.pt")
     assert saved["state"]["optimizer"]["state"] == {}
     assert saved["state"]["probe"]["weight"].abs().sum() > 0
-    if method != "mae":  # which draws its own first weights
-        torch.manual_seed(42)
-        fresh, _ = build_backbone(backbone, 32, 8 if backbone == "vit_tiny" else None)
-        for name, tensor in fresh.state_dict().items():
-            assert torch.equal(tensor, saved["model"][f"backbone.{name}"]), name
+    torch.manual_seed(42)
+    fresh, _ = build_backbone(backbone, 32, 8 if backbone == "vit_tiny" else None)
+    if method == "mae":  # draws first weights of its own
+        fresh = mae.MAE(fresh, 0.75, 32, 1, 4, "class_token").backbone
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, saved["model"][f"backbone.{name}"]), name
 
 
 def torchrun(*args):

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import on_ranks
 
-from common.rankme import label_free, rankme
+from common.rankme import embedding_std, is_collapsed, label_free, rankme
 
 
 def test_is_the_papers_formula_by_another_library():
@@ -40,3 +41,29 @@ def test_statistics_tell_health_from_collapse():
     assert good["std_features"] == pytest.approx(2, abs=0.05)
     assert good["rankme"] == rankme(5 * healthy) and good["n"] == 2000
     assert good["rankme_features_largest"] == 16
+
+
+def test_embedding_std_is_1_where_directions_are_spread_and_0_where_they_are_not():
+    spread = torch.randn(2, 3000, 32, generator=torch.manual_seed(0))
+    assert embedding_std(7 * spread) == pytest.approx(1, abs=0.02)
+    views = torch.randn(2, 1, 32).expand(-1, 50, -1)  # two views, each the same for all images
+    assert embedding_std(views) == pytest.approx(0, abs=1e-6)
+    own = torch.nn.functional.normalize(spread[0].double(), dim=1).std(dim=0, correction=0).mean()
+    assert embedding_std(spread[:1]) == pytest.approx(float(own) * 32**0.5)
+
+
+def std_of_a_share():
+    rank = torch.distributed.get_rank()
+    z = torch.randn(2, 40, 8, generator=torch.manual_seed(1)) + 3 * torch.arange(40)[None, :, None]
+    return [torch.tensor(embedding_std(z[:, 20 * rank : 20 * rank + 20]))]
+
+
+def test_embedding_std_is_over_all_ranks(tmp_path):
+    z = torch.randn(2, 40, 8, generator=torch.manual_seed(1)) + 3 * torch.arange(40)[None, :, None]
+    first, second = on_ranks(2, tmp_path / "r", std_of_a_share)
+    assert float(first[0]) == float(second[0]) == pytest.approx(embedding_std(z), rel=1e-6)
+
+
+def test_a_collapse_is_a_small_std_or_what_the_method_says():
+    assert is_collapsed(0.005, {}) and not is_collapsed(0.3, {"other": 1.0})
+    assert is_collapsed(0.3, {"collapsed": 1.0}) and not is_collapsed(0.3, {"collapsed": 0.0})

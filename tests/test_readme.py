@@ -1,11 +1,15 @@
 """The README says what the code says: deviations, files, commands."""
 
+import importlib
+import inspect
 import re
 from fnmatch import fnmatch
 
 import pytest
 from conftest import ROOT
-from small import read_log, run
+from small import METHODS, read_log, run
+
+from common.config import load_config
 
 README = (ROOT / "README.md").read_text()
 MARK = re.compile(r"(?:Deviation|our reading): ([^:\n]{3,40}):")
@@ -59,3 +63,30 @@ def test_every_logged_key_is_explained(tmp_path, tiny_set):
             assert any(fnmatch(key, name) for name in names if name not in ("train_*", "val_*")), (
                 key
             )
+
+
+COMMANDS = re.findall(
+    r"^(?:python|torchrun --nproc_per_node=\d) (\w+)\.py ((?:.*\\\n)*.*)$", README, re.M
+)
+
+
+def test_commands_that_it_names_are_accepted():
+    assert len(COMMANDS) >= 4
+    for script, words in COMMANDS:
+        argv = words.replace("\\\n", " ").split(" #")[0].split()
+        if "optimization.lrr=0.1" not in argv:  # shown for the error that it gets
+            load_config(importlib.import_module(script).Config, argv)
+
+
+def test_losses_have_the_arguments_that_it_names():
+    named = re.findall(r"`(\w+_loss)\(([^)]*)\)`", section("One script, annotated"))
+    assert len(named) == 6
+    for name, arguments in named:
+        (loss,) = {
+            getattr(m, name) for m in map(importlib.import_module, METHODS) if hasattr(m, name)
+        }
+        expected = list(inspect.signature(loss).parameters)
+        given = arguments.split(", ")
+        if given[-1] == "...":
+            given, expected = given[:-1], expected[: len(given) - 1]
+        assert given == expected

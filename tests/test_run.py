@@ -1,5 +1,6 @@
 """A run from start to finish, stopped, killed, refused: the same for all methods, shown by one."""
 
+import importlib
 import json
 import os
 import shutil
@@ -262,7 +263,7 @@ def test_without_any_label_there_are_features_but_no_scores(tmp_path):
     assert result["label_free"]["rankme"] > 1
 
 
-def three_ranks(argv, stop):
+def three_ranks(method, argv, stop):
     if stop:
         original = simclr.Run.end_step
 
@@ -273,7 +274,7 @@ def three_ranks(argv, stop):
 
         simclr.Run.end_step = stopping
     try:
-        simclr.main(argv)
+        importlib.import_module(method).main(argv)
     except SystemExit as end:
         return [torch.tensor(end.code)]
     finally:
@@ -282,10 +283,13 @@ def three_ranks(argv, stop):
     return [torch.tensor(0)]
 
 
-def test_three_ranks_stop_together_and_go_on_bit_for_bit(tmp_path, tiny_set):
+@pytest.mark.parametrize(
+    "method", ["simclr", "byol", "dino"]
+)  # the last two keep more than weights
+def test_three_ranks_stop_together_and_go_on_bit_for_bit(method, tmp_path, tiny_set):
     def ranks(name, stop):
-        argv = arguments(METHOD, tiny_set, tmp_path, name, "optimization.batch_size=18")
-        codes = on_ranks(3, tmp_path / "r", three_ranks, argv, stop)
+        argv = arguments(method, tiny_set, tmp_path, name, "optimization.batch_size=18")
+        codes = on_ranks(3, tmp_path / "r", three_ranks, method, argv, stop)
         return [int(code[0]) for code in codes]
 
     assert ranks("whole", stop=False) == [0, 0, 0]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import on_ranks
+from conftest import on_ranks, write_set
 from small import read_log, run
 
 from common.checkpoint import read_checkpoint
@@ -45,6 +45,20 @@ def test_without_a_label_there_is_no_loss_and_no_gradient():
     loss = supervised_loss(logits, torch.full((6,), -1), 2.5)
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros(6).double())
+
+
+@pytest.mark.parametrize("scale", [1, 65536])
+def test_a_batch_without_labels_is_harmless_under_a_gradient_scaler(scale):
+    logits = LOGITS.float().requires_grad_()
+    (supervised_loss(logits, torch.full((6,), -1), 2.5) * scale).backward()
+    assert torch.equal(logits.grad, torch.zeros(6))
+
+
+def test_without_any_label_there_is_nothing_to_learn(tmp_path, capsys):
+    unknown = [*write_set(tmp_path / "set", unlabelled=64), "data.train_defect_proportion=null"]
+    with pytest.raises(SystemExit) as stop:
+        run("supervised", tmp_path, unknown, "blind", "data.train_defect_proportion=null")
+    assert stop.value.code == 2 and "no image has a label" in capsys.readouterr().err
 
 
 def loss_of_a_share():

@@ -40,7 +40,7 @@ class StoredScores:
 def load_scores(folder, probe="online"):
     """val_scores.npz of a run folder -> StoredScores. probe: online | offline.
 
-    Raises UserError naming the file where it is not there, is damaged or has no score of that probe.
+    Raises UserError naming the file where it is damaged, not there or without that probe's scores.
     """
     path = Path(folder) / FILE
     try:
