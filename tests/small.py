@@ -1,5 +1,6 @@
 """Every method made small: overrides of its config, and one model and loss of it."""
 
+import contextlib
 import importlib
 import json
 
@@ -105,28 +106,36 @@ def build(method, backbone_name):
     return make[method](), dim
 
 
-def step(method, model, bare, views, noise, labels):
+def full(x):
+    """Half precision -> float32, as the scripts do in front of a loss; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def step(method, model, bare, views, noise, labels, autocast=None):
     """(loss, features, embeddings) of a step. model: maybe distributed, bare: the same without.
 
-    views: (2, B, 3, S, S); noise: (2, B, L); labels: (B,).
+    views: (2, B, 3, S, S); noise: (2, B, L); labels: (B,). autocast: of the forward pass.
     """
+    images, count = views.flatten(0, 1), 1 if method == "supervised" else 2
+    with autocast or contextlib.nullcontext():
+        if method == "mae":
+            pred, mask = model(images, noise.flatten(0, 1))
+            with torch.no_grad():
+                h, z = (x.unflatten(0, views.shape[:2]) for x in bare.encode(images))
+        else:
+            h, z, *rest = model(views[:count])
+            rest = [full(x) for x in rest]
     if method == "mae":
-        images = views.flatten(0, 1)
-        pred, mask = model(images, noise.flatten(0, 1))
-        with torch.no_grad():
-            h, z = (x.unflatten(0, views.shape[:2]) for x in bare.encode(images))
-        return mae.mae_loss(images, pred, mask, 8, True), h, z
-    if method == "supervised":
-        h, logits = model(views[:1])
-        return supervised.supervised_loss(logits[0], labels, 2.5), h, h
-    h, z, *rest = model(views)
-    if method == "simclr":
-        loss = simclr.nt_xent_loss(*z, 0.2)
+        loss = mae.mae_loss(images, full(pred), mask, 8, True)
+    elif method == "supervised":
+        loss, z = supervised.supervised_loss(full(z)[0], labels, 2.5), h
+    elif method == "simclr":
+        loss = simclr.nt_xent_loss(*full(z), 0.2)
     elif method == "byol":
         p, t = rest
         loss = byol.byol_loss(*p, *t)
     elif method == "barlow":
-        loss = barlow.barlow_twins_loss(*z, 0.0051, 0.024)
+        loss = barlow.barlow_twins_loss(*full(z), 0.0051, 0.024)
     elif method == "dino":
         loss = dino.dino_loss(*rest, bare.center, 0.1, 0.04)
     return loss, h, z

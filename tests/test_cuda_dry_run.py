@@ -30,18 +30,25 @@ def views_on_cuda():
     return ColorJitterNormalize(0)(batch, factors, step=3)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
-def test_a_step(method, backbone):
+def test_a_step(method, backbone, half, monkeypatch):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", bool)
     model, dim = build(method, backbone)
     probe = LinearProbe(dim, 0.9, 0.0, 2.0)
     with FakeTensorMode(), torch.device("cuda"):
         model, probe, views = on_cuda(model), on_cuda(probe), views_on_cuda()
         labels = torch.zeros(4, dtype=torch.int8, device="cuda")
         noise = torch.zeros(2, 4, 16, device="cuda")
-        loss, h, z = step(method, model, model, views, noise, labels)
+        autocast = torch.autocast("cuda", torch.float16, enabled=half)
+        loss, h, z = step(method, model, model, views, noise, labels, autocast)
         logits = probe.step(h.detach().float(), labels, 0.1)
         assert {x.device.type for x in (views, loss, h, z, logits)} == {"cuda"}
         count = 1 if method == "supervised" else 2
+        assert loss.dtype == torch.float32
+        assert (h.dtype == torch.float16) == (half and backbone == "resnet18")
+        if method == "supervised":
+            probe.follow(model.head)
         assert h.shape == (count, 4, dim) and logits.shape == (count, 4) and loss.shape == ()
         with pytest.raises(RuntimeError, match="device"):  # the test can fail
             probe.step(h.detach().float(), torch.zeros(4, device="cpu"), 0.1)
@@ -53,6 +60,7 @@ def test_the_teachers_update_stays_on_the_device():
         model = on_cuda(model)
         ema_update(model.teacher, model.student(), 0.99)
         notes = teacher_statistics(torch.ones(8, 24), model.center, 0.04, torch.ones(()))
+        model.center.lerp_(torch.ones(8, 24).mean(dim=0), 0.1)
         assert {n.device.type for n in notes.values() if torch.is_tensor(n)} == {"cuda"}
 
 
