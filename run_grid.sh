@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The front door of the study: ./run_grid.sh plan|run|status [--grid configs/grid/NAME.yaml] ...
+# The front door of the study: ./run_grid.sh plan|run|status|report [--grid configs/grid/NAME.yaml] ...
 set -euo pipefail
 cd "$(dirname "$0")"
 python=python

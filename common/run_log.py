@@ -15,6 +15,12 @@ LOG = "log.jsonl"
 VIEWS_SHOWN = 8  # images
 
 
+def read_log(path):
+    """log.jsonl -> list of records; a last line that is still being written is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
 def epoch_record(loss, scores):
     """scores: {name: dict or None}. One flat dict, keys name_key."""
     record = {"loss": loss}

@@ -46,6 +46,10 @@ def test_an_override_replaces_an_axis_or_sets_every_run():
     )
     groups = Counter(group for run in runs for group in run.groups)
     assert groups == {"methods": 22, "random": 4, "resolution": 20, "augmentation": 70}
+    with pytest.raises(ConfigError, match="data.fraction is no axis"):
+        read_grid(PAPER, ["data.fraction=[0.5, 1]"])
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        read_grid(PAPER, ["seed"])
     assert {r.cfg.seed for r in runs} == {1, 2} and {r.cfg.data.fraction for r in runs} == {0.5}
     assert read_grid(PAPER, ["data.fraction=0.5"])[0].name != read_grid(PAPER)[0].name
 

@@ -1,4 +1,4 @@
-"""What run_grid.sh calls: plan, run and status of a grid."""
+"""What run_grid.sh calls: plan, run, status and report of a grid."""
 
 import argparse
 import shlex
@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.progress import clock, say
 from common.study.grid import read_grid, seconds_left, state
 from common.study.launch import Launcher, calibrate, log_path, tail
+from common.study.report import write_report
 
 GRID = "configs/grid/paper.yaml"
 
@@ -59,19 +60,25 @@ def run(runs, args):
     sys.exit(Launcher(runs, args.jobs, args.nproc, gpus).run())
 
 
+def report(runs, args):
+    """The page, tables and figures of what is finished."""
+    write_report(runs, args.out)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
-    parser.add_argument("command", choices=["plan", "run", "status"])
+    parser.add_argument("command", choices=["plan", "run", "status", "report"])
     parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its own GPU")
     parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
     parser.add_argument("--only", action="append", metavar="NAME", help="run: this one; repeatable")
     parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     try:
         runs = read_grid(args.grid, args.overrides)
-        {"plan": plan, "run": run, "status": status}[args.command](runs, args)
+        {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)

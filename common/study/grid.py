@@ -62,14 +62,19 @@ def read_grid(path, overrides=()):
     """A grid file -> list of GridRun in the file's order, each run once.
 
     overrides: `section.key=value` for every run, as on a script's command line. One that names an
-    axis replaces its values, a list giving several. Raises ConfigError with every problem.
+    axis replaces its values; a list gives several, where a group has that axis. Raises ConfigError
+    with every problem.
     """
     values = read_yaml(path)
     if not isinstance(values, dict) or set(values) != {"groups"} or not values["groups"]:
         raise ConfigError(f"{path}: expected the one key 'groups', with groups in it")
     problems, runs = [], {}
-    for name, content in values["groups"].items():
-        group = build(Group, content, problems, f"groups.{name}")
+    groups = {
+        name: build(Group, content, problems, f"groups.{name}")
+        for name, content in values["groups"].items()
+    }
+    problems += _problems_of(overrides, [group for group in groups.values() if group])
+    for name, group in groups.items():
         for config, chosen in _combinations(group, overrides) if group else ():
             try:
                 cfg = _resolve(config, chosen)
@@ -85,19 +90,28 @@ def read_grid(path, overrides=()):
     return list(runs.values())
 
 
+def _problems_of(overrides, groups):
+    """Sentences about overrides that no group can use."""
+    axes = {key for group in groups for key in group.axes}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            yield f"override '{override}': expected section.key=value"
+        elif isinstance(parse_yaml(text, override), list) and key not in axes:
+            yield f"override '{override}': several values, but {key} is no axis of this grid"
+
+
 def _combinations(group, overrides):
     """(config, overrides) of every run of a group."""
     axes, fixed = dict(group.axes), {}
     for key, value in group.overrides.items():
         fixed[key] = json.dumps(value)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"override '{override}': expected section.key=value")
+        key, _, text = override.partition("=")
+        value = parse_yaml(text, f"override '{override}'")
         if key in axes:
-            value = parse_yaml(text, f"override '{override}'")
             axes[key] = value if isinstance(value, list) else [value]
-        else:
+        elif not isinstance(value, list):
             fixed[key] = text
     for config in group.configs:
         for values in itertools.product(*axes.values()):

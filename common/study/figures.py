@@ -1,0 +1,238 @@
+"""The study's figures, in colours that the colour-blind can tell apart."""
+
+import itertools
+import os
+
+import matplotlib
+import numpy as np
+
+from common.annotations import NORMAL, read_annotations
+from common.data import open_image
+from common.errors import ImageError
+from common.study.results import settings
+from common.study.tables import BACKBONES, METRICS, percent
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
+
+PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
+MARKS = "osD^vPX*"
+HEATMAP_METRICS = {k: METRICS[k] for k in ("f1", "f2_ciw", "f1_normal")}
+MORE_HEATMAP_METRICS = {
+    "precision": "precision",
+    "recall": "recall",
+    "f2_ciw_strict": "F2_CIW strict",
+}
+
+
+def looks(finished):
+    """{method: (colour, mark)} in the order in which the methods come."""
+    methods = list(settings(finished, lambda e: e.method))
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False)
+    return dict(zip(methods, pairs, strict=False))
+
+
+def heatmaps(finished, metrics):
+    """Figures 2, 4 and 5: a panel a metric, training setting against validation prevalence.
+
+    finished: runs of one backbone. All panels share the scale from 0 to 100 %.
+    """
+    groups = settings(finished, lambda e: (e.method, e.proportion))
+    names = [f"{method} {percent(p)}" for method, p in groups]
+    height = 1.3 + 0.26 * len(names)
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(1.8 + 3.1 * len(metrics), height), layout="constrained"
+    )
+    for axis, (metric, title) in zip(np.atleast_1d(axes), metrics.items(), strict=True):
+        values = np.full((len(names), len(PREVALENCES)), np.nan)
+        for i, entries in enumerate(groups.values()):
+            for j, prevalence in enumerate(PREVALENCES):
+                found = [e.scores.at(prevalence)[metric] for e in entries]
+                found = [100 * x for x in found if x is not None]
+                values[i, j] = np.mean(found) if found else np.nan
+        image = axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            text = "-" if np.isnan(value) else f"{value:.1f}"
+            colour = "black" if value > 55 else "white"
+            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+        axis.set_title(title)
+        axis.set_xticks(range(len(PREVALENCES)), [percent(p) for p in PREVALENCES])
+        axis.set_xlabel("defects in validation")
+        axis.set_yticks(range(len(names)), names if axis is np.atleast_1d(axes)[0] else [])
+        _separate(axis, [method for method, _ in groups])
+    figure.colorbar(image, ax=axes, label="%", shrink=min(1.0, 3 / height), pad=0.01)
+    return figure
+
+
+def _separate(axis, methods):
+    for i in range(1, len(methods)):
+        if methods[i] != methods[i - 1]:
+            axis.axhline(i - 0.5, color="white", linewidth=2)
+
+
+def prevalence_curves(finished):
+    """F1 against the prevalence of validation, one line a method; a panel a training proportion."""
+    panels = settings(finished, lambda e: (e.backbone, e.proportion))
+    backbones = list(dict.fromkeys(b for b, _ in panels))
+    proportions = list(dict.fromkeys(p for _, p in panels))
+    figure, axes = _panels(len(backbones), len(proportions))
+    grid, look = np.geomspace(0.005, 0.6, 25), looks(finished)
+    for (backbone, proportion), entries in panels.items():
+        axis = axes[backbones.index(backbone), proportions.index(proportion)]
+        axis.plot(grid, 2 * grid / (1 + grid), ":", color="#999999", label="everything a defect")
+        for method, runs in settings(entries, lambda e: e.method).items():
+            lines = np.array([[e.scores.at(p)["f1"] for p in grid] for e in runs], float)
+            axis.plot(grid, lines.mean(axis=0), color=look[method][0], label=method)
+            if len(runs) == 1:
+                bounds = [runs[0].intervals(p).get("f1", (np.nan, np.nan)) for p in PREVALENCES]
+                low, high = zip(*bounds, strict=True)
+            else:
+                low, high = (
+                    [f([e.scores.at(p)["f1"] for e in runs]) for p in PREVALENCES]
+                    for f in (min, max)
+                )
+            axis.fill_between(PREVALENCES, low, high, color=look[method][0], alpha=0.12, lw=0)
+        axis.set_title(f"{BACKBONES[backbone]}, trained with {percent(proportion)}", fontsize=9)
+        axis.set_xscale("log")
+        axis.set_xticks(PREVALENCES, [percent(p) for p in PREVALENCES], fontsize=7)
+        axis.minorticks_off()
+        axis.set_ylim(0, 1)
+    _labels(axes, "defects in validation", "F1")
+    return _with_legend(figure, axes)
+
+
+def over_epochs(finished, keys):
+    """Figures 6 to 8: measures over epochs; a row a measure, a column a backbone."""
+    backbones = list(settings(finished, lambda e: e.backbone))
+    figure, axes = _panels(len(keys), len(backbones), sharex="col", sharey="row")
+    look = looks(finished)
+    for entry in finished:
+        records = entry.epochs()
+        for row, (key, name) in enumerate(keys.items()):
+            axis = axes[row, backbones.index(entry.backbone)]
+            x = [r["epoch"] + 1 for r in records]
+            y = [r[f"label_free_{key}"] for r in records]
+            colour, mark = look[entry.method]
+            axis.plot(x, y, color=colour, marker=mark, markersize=3, alpha=0.7, label=entry.method)
+            axis.set_ylabel(name if axis in axes[:, 0] else "")
+            axis.set_title(BACKBONES[entry.backbone] if row == 0 else "")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    return _with_legend(figure, axes)
+
+
+def measures_against_f1(finished, keys):
+    """Figures 9 and 10: each label-free measure against F1 on training views and on validation."""
+    figure, axes = _panels(2, len(keys), sharey="row")
+    look = looks(finished)
+    for entry in finished:
+        for column, (key, name) in enumerate(keys.items()):
+            value = entry.result["label_free"].get(key)
+            for row, split in enumerate(("train", "val")):
+                f1 = entry.result[split]["f1"]
+                if value is None or f1 is None:
+                    continue
+                colour, mark = look[entry.method]
+                face = colour if entry.backbone == "resnet18" else "none"
+                label = f"{entry.method}, {BACKBONES[entry.backbone]}"
+                how = {"marker": mark, "facecolors": face, "edgecolors": colour, "label": label}
+                axes[row, column].scatter(value, f1, **how)
+            axes[1, column].set_xlabel(name)
+    axes[0, 0].set_ylabel("F1, training views")
+    axes[1, 0].set_ylabel("F1, validation")
+    return _with_legend(figure, axes)
+
+
+def recall_by_class(finished):
+    """Recall of each defect class in validation against its images in the training subset."""
+    backbones = list(settings(finished, lambda e: e.backbone))
+    figure, axes = _panels(1, len(backbones), sharey="row", height=3.4)
+    look = looks(finished)
+    for entry in finished:
+        scores, counts = entry.scores, entry.class_counts()
+        axis = axes[0, backbones.index(entry.backbone)]
+        called = scores.logit >= 0
+        points = [
+            (counts[name] + 1, called[scores.classes[:, c]].mean())
+            for c, name in enumerate(scores.class_names)
+            if name in counts and scores.classes[:, c].any()
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            colour, mark = look[entry.method]
+            axis.scatter(x, y, s=14, alpha=0.6, color=colour, marker=mark, label=entry.method)
+        axis.set_xscale("log")
+        axis.set_title(BACKBONES[entry.backbone])
+    _labels(axes, "images of the class in training, plus 1", "recall of the class")
+    return _with_legend(figure, axes)
+
+
+def augmentation(finished):
+    """Figure 3: validation F1 by t_val and min_scale."""
+    groups = settings(
+        finished, lambda e: (e.run.cfg.augmentation.t_val, e.run.cfg.augmentation.min_scale)
+    )
+    ys, xs = sorted({t for t, _ in groups}), sorted({m for _, m in groups})
+    values = np.full((len(ys), len(xs)), np.nan)
+    for (t, m), entries in groups.items():
+        values[ys.index(t), xs.index(m)] = np.mean([e.result["val"]["f1"] or 0 for e in entries])
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
+    middle = np.nanmean(values)
+    for (i, j), value in np.ndenumerate(values):
+        colour = "black" if value > middle else "white"
+        axis.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(xs)), xs)
+    axis.set_yticks(range(len(ys)), ys)
+    axis.set_xlabel("min_scale: the smallest crop's share of the image")
+    axis.set_ylabel("t_val: strength of the colour jitter")
+    figure.colorbar(image, label="validation F1")
+    return figure
+
+
+def samples(data, rng_of):
+    """Table 5: one validation image a class. data: the data section of a config.
+
+    rng_of: class number -> generator that chooses. An image that cannot be read stays empty.
+    """
+    val = read_annotations(data.val_csv)
+    shown = [("normal", np.flatnonzero(val.defect == NORMAL))]
+    shown += [(n, np.flatnonzero(val.classes[:, c])) for c, n in enumerate(val.class_names)]
+    shown = [(name, rows) for name, rows in shown if len(rows)]
+    across = min(6, len(shown))
+    figure, axes = _panels(-(-len(shown) // across), across, height=2.4)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, (axis, (name, rows)) in enumerate(zip(axes.flat, shown, strict=False)):
+        row = int(rng_of(i).choice(rows))
+        try:
+            axis.imshow(open_image(os.path.realpath(data.image_root), val.name(row)))
+        except ImageError:
+            name += " (unreadable)"
+        axis.set_title(name, fontsize=10)
+    return figure
+
+
+def _panels(rows, columns, height=2.6, **how):
+    size = (1.2 + 3.0 * columns, 0.9 + height * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
+
+
+def _labels(axes, x, y):
+    for axis in axes[-1]:
+        axis.set_xlabel(x)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y)
+
+
+def _with_legend(figure, axes):
+    """One legend for all panels, below them."""
+    handles = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    columns = max(2, min(6, int(figure.get_size_inches()[0] / 1.6)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure

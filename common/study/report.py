@@ -1,0 +1,161 @@
+"""The study's report: one page that works offline, its tables as CSV and LaTeX, its figures."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from common.errors import UserError
+from common.keyed import SAMPLE_IMAGES, keyed_rng
+from common.progress import Progress, say
+from common.study import figures, tables
+from common.study.results import collect, settings
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 0 1rem }
+h1, h2 { line-height: 1.2; margin-top: 2.5rem }
+img { max-width: 100% } .wide { overflow-x: auto } figure { margin: 1rem 0 }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
+th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
+"""
+NOTES = """
+The scores are of a binary decision, defect or normal. Validation scores are the online probe's on
+clean images; training scores are its scores over the last epoch, on augmented views, while it
+learned. Other prevalences are in closed form from the rates of hits and false alarms, the
+expectation over subsets. Frames of one video are not independent, so intervals over images are too
+narrow.
+"""
+
+
+class Page:
+    """Collects sections; writes each table and figure to its own files too."""
+
+    def __init__(self, folder):
+        self.folder, self.parts = Path(folder), []
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add_text(self, title, text):
+        """A heading and a paragraph."""
+        self.parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>")
+
+    def add_table(self, table):
+        """NAME.csv and NAME.tex beside the page."""
+        table.write_csv(self.folder / f"{table.name}.csv")
+        table.write_latex(self.folder / f"{table.name}.tex")
+        self.add_text(table.title, table.caption)
+        files = f'<a href="{table.name}.csv">CSV</a> <a href="{table.name}.tex">LaTeX</a>'
+        self.parts.append(f"{table.html()}<p>{files}</p>")
+
+    def add_figure(self, name, title, caption, figure):
+        """NAME.png and NAME.pdf beside the page, and the picture in it."""
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150)
+        figure.savefig(self.folder / f"{name}.pdf")
+        figures.plt.close(figure)
+        (self.folder / f"{name}.png").write_bytes(picture.getvalue())
+        data = base64.b64encode(picture.getvalue()).decode()
+        self.parts.append(
+            f"<h2>{html.escape(title)}</h2><figure>"
+            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+
+    def write(self, title):
+        """index.html; returns its path."""
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        body = f"<h1>{html.escape(title)}</h1>" + "\n".join(self.parts)
+        path = self.folder / "index.html"
+        path.write_text(f"<!doctype html><html lang=en>{head}<body>{body}</body></html>\n")
+        return path
+
+
+def write_report(runs, folder):
+    """runs: GridRuns, finished or not. Writes the page of what is there; returns its path."""
+    finished, missing = collect(runs)
+    if not finished:
+        raise UserError("no run of this grid is finished, so there is nothing to report")
+    page = Page(folder)
+    page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(NOTES)}</p>")
+
+    def of(*groups):
+        return [e for e in finished if set(groups) & set(e.run.groups)]
+
+    main = of("methods", "random")
+    steps = [step for step in _main_steps(page, main) if main]
+    if of("resolution"):
+        steps.append(lambda: page.add_table(tables.resolution(of("resolution"))))
+    if of("augmentation"):
+        how = "fig3_augmentation", "Figure 3: augmentation"
+        caption = "Validation F1 of the supervised ResNet-18. The scale is the figure's own."
+        steps.append(
+            lambda: page.add_figure(*how, caption, figures.augmentation(of("augmentation")))
+        )
+    progress = Progress(len(steps), "report", "parts")
+    for step in steps:
+        step()
+        progress.update()
+    progress.close()
+    if missing:
+        page.add_text("Missing runs", f"{len(missing)} of {len(runs)} runs are not in this report.")
+        rows = "".join(
+            f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in missing.items()
+        )
+        page.parts.append(f"<details><summary>Their names</summary><ul>{rows}</ul></details>")
+    path = page.write("Which self-supervised features reveal rare defects?")
+    say(f"{path}: {len(finished)} of {len(runs)} runs")
+    return path
+
+
+def _main_steps(page, main):
+    """One call a part of the page about methods, proportions and backbones."""
+    yield lambda: page.add_table(tables.performance(main, "val"))
+    yield lambda: page.add_table(tables.performance(main, "train"))
+    for backbone, entries in settings(main, lambda e: e.backbone).items():
+        name = tables.BACKBONES[backbone]
+        for part, metrics in (
+            ("", figures.HEATMAP_METRICS),
+            ("_more", figures.MORE_HEATMAP_METRICS),
+        ):
+            yield lambda e=entries, b=backbone, n=name, p=part, m=metrics: page.add_figure(
+                f"heatmap_{b}{p}",
+                f"{n}: training against validation proportion" + (", more scores" if p else ""),
+                "Figures 2, 4 and 5. Online probe, clean validation images, every prevalence in "
+                "closed form, mean over seeds. All panels share one scale.",
+                figures.heatmaps(e, m),
+            )
+    yield lambda: page.add_figure(
+        "f1_by_prevalence",
+        "F1 by prevalence",
+        "Online probe on clean validation images. Bands: 95 % over images with one seed, else from "
+        "the lowest to the highest seed.",
+        figures.prevalence_curves(main),
+    )
+    keys = ("rankme_embeddings", "std_embeddings", "std_features")
+    yield lambda: page.add_figure(
+        "label_free_over_epochs",
+        "Label-free measures over epochs",
+        "Figures 6 to 8, on clean validation images in eval mode; one line a run.",
+        figures.over_epochs(main, {k: tables.MEASURES[k] for k in keys}),
+    )
+    yield lambda: page.add_figure(
+        "label_free_against_f1",
+        "Label-free measures against F1",
+        "Figures 9 and 10. A point a run; filled: ResNet-18, open: ViT-Tiny.",
+        figures.measures_against_f1(main, {k: tables.MEASURES[k] for k in keys}),
+    )
+    yield lambda: page.add_table(tables.measures(main))
+    yield lambda: page.add_figure(
+        "recall_by_class",
+        "Recall by defect class",
+        "Online probe on clean validation images, a point a class and run, against the images of "
+        "that class in the run's training subset.",
+        figures.recall_by_class(main),
+    )
+    yield lambda: page.add_figure(
+        "samples",
+        "Sample images by defect class",
+        "Table 5 and Figure 1: validation images, drawn at random.",
+        figures.samples(main[0].run.cfg.data, lambda n: keyed_rng(SAMPLE_IMAGES, n)),
+    )

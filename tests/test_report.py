@@ -1,0 +1,199 @@
+"""The report on complete, incomplete and broken run folders; made up here, not trained."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from common.annotations import read_annotations
+from common.errors import UserError
+from common.metrics import all_scores, at_prevalence
+from common.run_folder import write_json
+from common.study.grid import read_grid
+from common.study.report import write_report
+from common.study.results import (
+    Finished,
+    collect,
+    estimate,
+    kendall,
+    paper_values,
+    regret,
+    spearman,
+)
+from common.study.tables import performance
+
+PAPER = ROOT / "configs/grid/paper.yaml"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def in_the_projects_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def paper_runs(tmp_path, tiny_set, *overrides):
+    return read_grid(PAPER, [*tiny_set, f"run.output_dir={tmp_path / 'runs'}", *overrides])
+
+
+def make_up(run, rng):
+    """What a finished run leaves, with scores drawn at random."""
+    run.folder.mkdir(parents=True)
+    val = read_annotations(run.cfg.data.val_csv)
+    logit = rng.normal(val.defect * rng.uniform(0.3, 2), 1)
+    how = val.classes, val.class_names
+    scores = all_scores(logit, val.defect, *how)
+    np.savez(
+        run.folder / "val_scores.npz",
+        filename=val.filename,
+        logit=logit,
+        logit_offline=logit,
+        label=val.defect,
+        classes=val.classes,
+        class_names=np.array(val.class_names),
+    )
+    measures = {f"rankme_{k}{c}": rng.uniform(1, 99) for k in KINDS for c in ("", "_centred")}
+    measures |= {f"std_{k}": rng.uniform(0, 1) for k in KINDS}
+    record = {f"label_free_{k}": v for k, v in measures.items()} | {"label_free_n": 24}
+    with open(run.folder / "log.jsonl", "w") as log:
+        for epoch in (4, 9):
+            log.write(json.dumps({"kind": "epoch", "step": 1, "epoch": epoch, **record}) + "\n")
+    result = {
+        "method": "random" if run.cfg.run.frozen_encoder else run.cfg.method,
+        "backbone": run.cfg.backbone,
+        "seed": run.cfg.seed,
+        "train_defect_proportion": run.cfg.data.train_defect_proportion,
+        "epochs": 10,
+        "train_rows": {"normal": 37, "defect": 12, "unlabelled": 8},
+        "train": scores,
+        "val": scores,
+        "val_offline": scores,
+        "label_free": measures,
+        "seconds": 60.0,
+    }
+    write_json(run.folder / "result.json", result)
+
+
+KINDS = ("features", "embeddings")
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, tiny_set):
+    """(runs of the paper's grid, all finished, folder of the report)."""
+    tmp_path = tmp_path_factory.mktemp("complete")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=[0.05, 0.45]")
+        rng = np.random.default_rng(0)
+        for run in runs:
+            make_up(run, rng)
+        write_report(runs, tmp_path / "report")
+    return runs, tmp_path / "report"
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_complete_grid_gives_every_table_and_figure(complete):
+    runs, folder = complete
+    assert len(runs) == 11 * 2 + 2 * 2 + 10 + 35
+    names = {p.name for p in folder.iterdir()}
+    tables = ("performance_val", "performance_train", "resolution", "label_free")
+    assert {f"{t}.{kind}" for t in tables for kind in ("csv", "tex")} <= names
+    figures = ("heatmap_resnet18", "heatmap_vit_tiny", "heatmap_resnet18_more", "fig3_augmentation")
+    figures += ("f1_by_prevalence", "label_free_over_epochs", "label_free_against_f1", "samples")
+    figures += ("recall_by_class",)
+    assert {f"{f}.{kind}" for f in figures for kind in ("png", "pdf")} <= names
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 10 and "Missing runs" not in page
+    assert not re.search(r'(src|href)="(?!data:|[\w.]+")', page)  # works offline
+
+
+def test_numbers_stand_beside_the_papers(complete):
+    runs, folder = complete
+    rows = read_csv(folder / "performance_val.csv")
+    (row,) = [
+        r
+        for r in rows
+        if (r["backbone"], r["method"], r["defects in training"]) == ("ResNet-18", "simclr", "45 %")
+    ]
+    (run,) = [r for r in runs if r.name.startswith("simclr_resnet18_p45")]
+    ours = json.loads((run.folder / "result.json").read_text())["val"]["f1"]
+    assert float(row["F1"]) == ours and float(row["F1, paper"]) == 0.814
+    assert float(row["difference"]) != 0 and float(row["F1 low"]) < ours < float(row["F1 high"])
+    assert [r["method"] for r in rows if r["backbone"] == ""] == ["everything a defect"]
+    assert float(rows[-1]["recall"]) == 1 and float(rows[-1]["precision"]) == pytest.approx(8 / 24)
+    latex = (folder / "performance_val.tex").read_text()
+    assert latex.count(r"\\") == len(rows) + 1 and "45 \\%" in latex
+
+
+def test_an_incomplete_or_broken_grid_gives_what_is_there_and_names_the_gaps(tmp_path, tiny_set):
+    runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45")
+    runs = [run for run in runs if set(run.groups) & {"methods", "random"}]
+    with pytest.raises(UserError, match="no run of this grid"):
+        write_report(runs, tmp_path / "report")
+    for run in runs[:4]:
+        make_up(run, np.random.default_rng(1))
+    (runs[0].folder / "result.json").write_text("{")
+    (runs[1].folder / "val_scores.npz").write_bytes(b"junk")
+    finished, missing = collect(runs)
+    assert [e.run for e in finished] == runs[2:4]
+    assert "damaged" in missing[runs[0].name] and "val_scores.npz" in missing[runs[1].name]
+    assert missing[runs[5].name] == "queued"
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "Missing runs" in page and all(run.name in page for run in runs[4:])
+    assert f"2 of {len(runs)} runs" in page
+
+
+def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
+    runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45", "seed=[1, 2, 3]")
+    runs = [run for run in runs if run.name.startswith("simclr_resnet18")]
+    for i, run in enumerate(runs):
+        make_up(run, np.random.default_rng(i))
+    finished, _ = collect(runs)
+    values = [e.result["val"]["f1"] for e in finished]
+    found = estimate(finished, "f1")
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.mean, found.seeds) == (pytest.approx(np.mean(values)), 3)
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+    (row, _) = performance(finished, "val").rows
+    assert row[3] == 3 and str(row[4]) == str(found)
+
+
+def test_scores_at_other_prevalences_come_from_what_is_stored(complete):
+    runs, _ = complete
+    entry = Finished(runs[0], json.loads((runs[0].folder / "result.json").read_text()))
+    with np.load(runs[0].folder / "val_scores.npz") as stored:
+        how = stored["classes"], [str(n) for n in stored["class_names"]]
+        expected = at_prevalence(stored["logit"], stored["label"], 0.02, *how)
+    assert entry.scores.at(0.02) == expected
+    assert sum(entry.class_counts().values()) > 0
+
+
+def test_rank_correlations_are_the_librarys():
+    for n in (3, 10, 60):
+        x, y = RNG.integers(0, 8, n), RNG.integers(0, 8, n) + RNG.random(n).round(1)
+        if len(set(x)) > 1:
+            assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
+            assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y)[0])
+    assert spearman([1, 1, 1], [1, 2, 3]) is None and kendall([1, 2], [1, 2]) is None
+    assert regret([3, 1, 2], [0.5, 0.9, 0.7]) == pytest.approx(0.4) and regret([], []) is None
+
+
+def test_the_papers_values_are_complete_and_consistent():
+    values = paper_values()
+    assert len(values) == 550 + 10 + 225
+    for key, precision in values.items():
+        table, backbone, method, split, metric, p, at = key
+        if metric != "precision":
+            continue
+        recall, f1 = (values[(table, backbone, method, split, m, p, at)] for m in ("recall", "f1"))
+        if precision + recall:
+            assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.006), (
+                key
+            )
