@@ -8,7 +8,7 @@ DEMO ?= $(if $(filter 0,$(SEED)),demo,demo/seed$(SEED))
 SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \
       data.val_csv=$(DEMO)/set/SewerML_Val.csv run.output_dir=$(DEMO)/runs
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(PY) -m pytest
+
+test-slurm: $(VENV)/ready
+	PYTHON=$(PY) tests/slurm_node.sh
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from common.progress import clock, say
 from common.study.grid import read_grid, seconds_left, state
 from common.study.launch import Launcher, calibrate, log_path, tail
 from common.study.report import write_report
+from common.study.slurm import submit
 
 GRID = "configs/grid/paper.yaml"
 
@@ -56,6 +57,10 @@ def run(runs, args):
         if unknown:
             raise UserError(f"--only {', '.join(sorted(unknown))}: no such run in this grid")
         runs = [r for r in runs if r.name in args.only]
+    if args.launcher == "slurm":
+        again = ["./run_grid.sh", "run", "--grid", args.grid, "--nproc", str(args.nproc)]
+        submit(runs, args.jobs, [*again, *args.overrides], shlex.split(args.sbatch))
+        return
     gpus = torch.cuda.device_count()
     sys.exit(Launcher(runs, args.jobs, args.nproc, gpus).run())
 
@@ -71,6 +76,10 @@ def main(argv=None):
     parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its own GPU")
     parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
+    parser.add_argument(
+        "--sbatch", default="", metavar="WORDS", help="for sbatch: --sbatch='--gres=gpu:1'"
+    )
     parser.add_argument("--only", action="append", metavar="NAME", help="run: this one; repeatable")
     parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
     parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")

@@ -14,7 +14,7 @@ from common.study.results import collect, settings
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 0 1rem }
 h1, h2 { line-height: 1.2; margin-top: 2.5rem }
-img { max-width: 100% } .wide { overflow-x: auto } figure { margin: 1rem 0 }
+.wide { overflow-x: auto } .wide img { max-width: 100%; min-width: 40rem } figure { margin: 1rem 0 }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
@@ -56,9 +56,9 @@ class Page:
         (self.folder / f"{name}.png").write_bytes(picture.getvalue())
         data = base64.b64encode(picture.getvalue()).decode()
         self.parts.append(
-            f"<h2>{html.escape(title)}</h2><figure>"
+            f'<h2>{html.escape(title)}</h2><figure><div class="wide">'
             f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f"</div><figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def write(self, title):

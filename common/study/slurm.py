@@ -1,0 +1,75 @@
+"""A grid through Slurm: an array job, a task a run, requeued when pre-empted or out of time."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from common.errors import UserError
+from common.process import STOPPED
+from common.progress import say
+from common.study.grid import state
+from common.study.launch import LOGS
+
+SECONDS_TO_SAVE = 120  # before the time limit Slurm asks the run to stop
+
+SCRIPT = """#!/bin/bash
+#SBATCH --job-name={job}
+#SBATCH --array=0-{last}%{jobs}
+#SBATCH --output={logs}/slurm_%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@{grace}
+names=({names})
+cd {here} || exit 1
+{command} --only "${{names[$SLURM_ARRAY_TASK_ID]}}" &
+child=$!
+trap 'kill -TERM $child' TERM
+wait $child
+code=$?
+while kill -0 $child 2>/dev/null; do  # a signal ended the wait, not the run: it is saving
+    wait $child
+    code=$?
+done
+if [ $code = {stopped} ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+fi
+exit $code
+"""
+
+
+def submit(runs, jobs, command, extra):
+    """Hand what is not finished to sbatch. Returns the job's number.
+
+    runs: GridRuns; jobs: tasks at a time; command: words that start one run when `--only NAME` is
+    added; extra: words for sbatch, such as --gres=gpu:1. Raises UserError with sbatch's own words.
+    """
+    left = [run for run in runs if state(run)[0] != "finished"]
+    if not left:
+        say("every run is finished")
+        return None
+    logs = left[0].folder.parent.absolute() / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    script = logs / "grid.sbatch"
+    script.write_text(
+        SCRIPT.format(
+            job="grid",
+            last=len(left) - 1,
+            jobs=jobs,
+            logs=logs,
+            grace=SECONDS_TO_SAVE,
+            names=" ".join(shlex.quote(run.name) for run in left),
+            here=shlex.quote(str(Path.cwd())),
+            command=shlex.join(command),
+            stopped=STOPPED,
+        )
+    )
+    words = ["sbatch", "--parsable", *extra, str(script)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("--launcher slurm: there is no sbatch on this machine") from None
+    if done.returncode:
+        raise UserError(f"{shlex.join(words)}: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    say(f"job {job}: {len(left)} runs, {jobs} at a time; squeue -j {job}, scancel {job}")
+    return job
