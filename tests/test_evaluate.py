@@ -42,15 +42,15 @@ def test_f2_ciw_of_small_subsets_is_biased_by_rare_classes():
 
 
 def test_intervals_cover_and_shrink_with_the_number_of_images():
-    """Of 60 data sets, the 95 % interval of most contains what a very large one has."""
-    truth = some(400_000, seed=99)
+    """Of 40 data sets, the 95 % interval of most contains what a very large one has."""
+    truth = some(100_000, seed=99).at(0.1)
     covered = {"f1": 0, "auroc": 0, "f2_ciw_strict": 0}
-    for seed in range(60):
-        found = intervals(some(1500, seed), 0.1, draws=100)
+    for seed in range(40):
+        found = intervals(some(1500, seed), 0.1, draws=60)
         for name in covered:
             low, high = found[name]
-            covered[name] += low <= truth.at(0.1)[name] <= high
-    assert 50 <= covered["f1"] and 50 <= covered["auroc"], covered
+            covered[name] += low <= truth[name] <= high
+    assert 33 <= covered["f1"] and 33 <= covered["auroc"], covered
     wide, narrow = (np.diff(intervals(some(n), 0.1)["f1"])[0] for n in (1500, 24000))
     assert wide / narrow == pytest.approx(4, rel=0.35)
 

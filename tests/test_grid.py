@@ -125,8 +125,12 @@ def small_grid(tmp_path, tiny_set, seeds, **more):
     return write_grid(tmp_path / "g.yaml", a=group(axes={"seed": seeds}, **settings | more))
 
 
+# A checkpoint an epoch takes longer than its steps: many steps, few epochs.
+LONGER = {"optimization.batch_size": 3, "optimization.epochs": 6, "run.val_every_epochs": 6}
+
+
 def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(tmp_path, tiny_set):
-    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 30})
+    path = small_grid(tmp_path, tiny_set, [1, 2], **LONGER)
     runs = read_grid(path)
     first = door("run", "--grid", path)
     second = door("run", "--grid", path)  # at the same time: takes the other run

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from test_grid import door, small_grid
+from test_grid import LONGER, door, small_grid
 
 from common.run_folder import read_json
 from common.study.grid import read_grid, state
@@ -32,7 +32,7 @@ def wait_for(condition, seconds=300):
 
 def test_a_grid_runs_as_an_array_and_a_stopped_task_is_requeued(tmp_path, tiny_set):
     needs_slurm()
-    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 25})
+    path = small_grid(tmp_path, tiny_set, [1, 2], **LONGER)
     runs = read_grid(path)
     words = ["run", "--grid", path, "--launcher", "slurm", "--sbatch=--time=60"]
     said = door(*words).communicate()[0]
