@@ -54,6 +54,32 @@ def test_an_override_replaces_an_axis_or_sets_every_run():
     assert read_grid(PAPER, ["data.fraction=0.5"])[0].name != read_grid(PAPER)[0].name
 
 
+def test_the_mini_grid_has_the_papers_shape():
+    runs = read_grid(ROOT / "configs/grid/mini.yaml")
+    groups = Counter(group for run in runs for group in run.groups)
+    assert list(groups) == list(Counter(g for run in read_grid(PAPER) for g in run.groups))
+    assert groups == {"methods": 33, "random": 6, "resolution": 6, "augmentation": 6}
+    assert len({run.name for run in runs}) == len(runs)
+    assert {r.cfg.data.image_size for r in runs if "resolution" in r.groups} == {24, 48, 72}
+    assert {r.cfg.data.image_size for r in runs if "resolution" not in r.groups} == {48}
+
+
+def test_the_nearer_override_wins(tmp_path):
+    own = {"configs/byol_r18.yaml": {"optimization.lr": 3.0}, "configs/simclr_r18.yaml": {}}
+    values = {
+        "overrides": {"optimization.lr": 1.0, "optimization.epochs": 20, "seed": 7},
+        "groups": {"a": group((), {"seed": [1]}, **{"optimization.lr": 2.0})},
+    }
+    values["groups"]["a"]["configs"] = own
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(values))
+    byol, simclr = read_grid(tmp_path / "g.yaml")
+    assert (byol.cfg.optimization.lr, simclr.cfg.optimization.lr) == (3, 2)
+    assert {(r.cfg.seed, r.cfg.optimization.epochs) for r in (byol, simclr)} == {(1, 20)}
+    byol, simclr = read_grid(tmp_path / "g.yaml", ["optimization.lr=0.5", "seed=4"])
+    assert (byol.cfg.optimization.lr, simclr.cfg.optimization.lr) == (0.5, 0.5)
+    assert byol.cfg.seed == simclr.cfg.seed == 4
+
+
 def write_grid(path, **groups):
     path.write_text(yaml.safe_dump({"groups": groups}))
     return path
@@ -79,7 +105,8 @@ def test_a_run_of_two_groups_is_one_run(tmp_path):
             {"groups": {"a": group(**{"optimization.lrr": 1})}},
             ["groups.a", "optimization.lrr", "lr"],
         ),
-        ({"runs": []}, ["groups"]),
+        ({"groups": {"a": {**group(), "configs": {"configs/simclr_r18.yaml": 3}}}}, ["a", "got 3"]),
+        ({"runs": []}, ["groups: missing", "runs: unknown"]),
     ],
 )
 def test_mistakes_are_told_by_group_and_key(tmp_path, content, words):

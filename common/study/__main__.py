@@ -44,9 +44,11 @@ def status(runs, args):
 def _left(runs, jobs):
     left = [run for run in runs if state(run)[0] != "finished"]
     seconds, unknown = seconds_left(left, runs)
-    text = f"{len(left)} left, about {clock(seconds / jobs)} with {jobs} at a time"
+    text = f"{len(left)} left"
+    if len(left) > unknown:
+        text += f", about {clock(seconds / jobs)} with {jobs} at a time"
     if unknown:
-        text += f", and {unknown} runs of unknown length: see plan --calibrate"
+        text += f", {unknown} of unknown length: see plan --calibrate"
     return text
 
 
@@ -67,7 +69,7 @@ def run(runs, args):
 
 def report(runs, args):
     """The page, tables and figures of what is finished."""
-    write_report(runs, args.out)
+    write_report(runs, args.out, args.probe, args.draws)
 
 
 def main(argv=None):
@@ -83,6 +85,12 @@ def main(argv=None):
     parser.add_argument("--only", action="append", metavar="NAME", help="run: this one; repeatable")
     parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
     parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")
+    parser.add_argument(
+        "--probe", choices=["online", "offline"], default="online", help="report: whose scores"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=0, metavar="N", help="report: also draw N real subsets each"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     try:

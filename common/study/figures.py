@@ -1,5 +1,6 @@
 """The study's figures, in colours that the colour-blind can tell apart."""
 
+import contextlib
 import itertools
 import os
 
@@ -10,12 +11,11 @@ from common.annotations import NORMAL, read_annotations
 from common.data import open_image
 from common.errors import ImageError
 from common.study.results import settings
-from common.study.tables import BACKBONES, METRICS, percent
+from common.study.tables import BACKBONES, MEASURES, METRICS, PREVALENCES, percent
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
-PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 MARKS = "osD^vPX*"
 HEATMAP_METRICS = {k: METRICS[k] for k in ("f1", "f2_ciw", "f1_normal")}
@@ -102,8 +102,10 @@ def prevalence_curves(finished):
     return _with_legend(figure, axes)
 
 
-def over_epochs(finished, keys):
+def over_epochs(finished):
     """Figures 6 to 8: measures over epochs; a row a measure, a column a backbone."""
+    keys = {"rankme_embeddings": "RankMe of embeddings"}
+    keys |= {f"{m}_{k}": f"{m} of {k}" for k in ("features", "embeddings") for m in ("mean", "std")}
     backbones = list(settings(finished, lambda e: e.backbone))
     figure, axes = _panels(len(keys), len(backbones), sharex="col", sharey="row")
     look = looks(finished)
@@ -123,15 +125,16 @@ def over_epochs(finished, keys):
     return _with_legend(figure, axes)
 
 
-def measures_against_f1(finished, keys):
+def measures_against_f1(finished):
     """Figures 9 and 10: each label-free measure against F1 on training views and on validation."""
+    keys = {k: v for k, v in MEASURES.items() if "centred" not in k}
     figure, axes = _panels(2, len(keys), sharey="row")
     look = looks(finished)
     for entry in finished:
         for column, (key, name) in enumerate(keys.items()):
             value = entry.result["label_free"].get(key)
             for row, split in enumerate(("train", "val")):
-                f1 = entry.result[split]["f1"]
+                f1 = (entry.val if split == "val" else entry.result[split])["f1"]
                 if value is None or f1 is None:
                     continue
                 colour, mark = look[entry.method]
@@ -177,7 +180,7 @@ def augmentation(finished):
     ys, xs = sorted({t for t, _ in groups}), sorted({m for _, m in groups})
     values = np.full((len(ys), len(xs)), np.nan)
     for (t, m), entries in groups.items():
-        values[ys.index(t), xs.index(m)] = np.mean([e.result["val"]["f1"] or 0 for e in entries])
+        values[ys.index(t), xs.index(m)] = np.mean([e.val["f1"] or 0 for e in entries])
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
     middle = np.nanmean(values)
@@ -193,26 +196,36 @@ def augmentation(finished):
 
 
 def samples(data, rng_of):
-    """Table 5: one validation image a class. data: the data section of a config.
+    """Table 5: an image a class from training (above) and from validation (below).
 
-    rng_of: class number -> generator that chooses. An image that cannot be read stays empty.
+    data: the data section of a config. rng_of: class number -> generator that chooses. A class
+    without an image, or an image that cannot be read, leaves a gap.
     """
-    val = read_annotations(data.val_csv)
-    shown = [("normal", np.flatnonzero(val.defect == NORMAL))]
-    shown += [(n, np.flatnonzero(val.classes[:, c])) for c, n in enumerate(val.class_names)]
-    shown = [(name, rows) for name, rows in shown if len(rows)]
-    across = min(6, len(shown))
-    figure, axes = _panels(-(-len(shown) // across), across, height=2.4)
+    splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
+    names, root = ("normal", *splits[1].class_names), os.path.realpath(data.image_root)
+    across = min(6, len(names))
+    figure, axes = _panels(-(-len(names) // across) * 2, across, height=1.9)
     for axis in axes.flat:
         axis.set_axis_off()
-    for i, (axis, (name, rows)) in enumerate(zip(axes.flat, shown, strict=False)):
-        row = int(rng_of(i).choice(rows))
-        try:
-            axis.imshow(open_image(os.path.realpath(data.image_root), val.name(row)))
-        except ImageError:
-            name += " (unreadable)"
-        axis.set_title(name, fontsize=10)
+    for c, name in enumerate(names):
+        rng = rng_of(c)
+        for below, (split, rows) in enumerate(zip(splits, _of_class(splits, name), strict=True)):
+            axis = axes[c // across * 2 + below, c % across]
+            axis.set_title(f"{name}, {('training', 'validation')[below]}", fontsize=9)
+            with contextlib.suppress(ImageError):
+                if len(rows):
+                    axis.imshow(open_image(root, split.name(rng.choice(rows))))
     return figure
+
+
+def _of_class(splits, name):
+    """The rows of each split that show a class, or nothing."""
+    for split in splits:
+        of = split.defect == NORMAL
+        if name != "normal":
+            known = name in split.class_names
+            of = split.classes[:, split.class_names.index(name)] if known else np.zeros(0)
+        yield np.flatnonzero(of)
 
 
 def _panels(rows, columns, height=2.6, **how):

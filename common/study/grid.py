@@ -1,13 +1,16 @@
 """The runs of a study: a grid file names base configs, axes and overrides; here they become runs.
 
+    overrides: {optimization.epochs: 2}           of every run; may be left out
     groups:
       NAME:                                       of a set of runs, for the report
-        configs: [configs/simclr_r18.yaml, ...]
+        configs: [configs/simclr_r18.yaml, ...]   or each with overrides of its own: {FILE: {...}}
         axes: {data.train_defect_proportion: [0.01, 0.45], seed: [42]}
-        overrides: {optimization.epochs: 2}
+        overrides: {data.fraction: 0.5}
 
-A group's runs are every config with every combination of its axes. A run's folder carries a hash of
-its resolved config, so two different runs never share one, and a run of two groups is one run.
+A group's runs are every config with every combination of its axes. Of two overrides of one key the
+nearer wins: an axis, a config's own, its group's, the grid's; the command line's beats all. A run's
+folder carries a hash of its resolved config, so two different runs never share one, and a run of
+two groups is one run.
 """
 
 import dataclasses
@@ -31,9 +34,15 @@ CALIBRATION = "calibration.json"  # in the output folder: seconds an image, by w
 
 @dataclass(frozen=True)
 class Group:
-    configs: list
+    configs: list | dict
     axes: dict
     overrides: dict
+
+
+@dataclass(frozen=True)
+class Grid:
+    groups: dict
+    overrides: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -65,26 +74,24 @@ def read_grid(path, overrides=()):
     axis replaces its values; a list gives several, where a group has that axis. Raises ConfigError
     with every problem.
     """
-    values = read_yaml(path)
-    if not isinstance(values, dict) or set(values) != {"groups"} or not values["groups"]:
-        raise ConfigError(f"{path}: expected the one key 'groups', with groups in it")
-    problems, runs = [], {}
-    groups = {
-        name: build(Group, content, problems, f"groups.{name}")
-        for name, content in values["groups"].items()
-    }
-    problems += _problems_of(overrides, [group for group in groups.values() if group])
+    problems, runs, groups = [], {}, {}
+    grid = build(Grid, read_yaml(path), problems)
+    for name, content in grid.groups.items() if grid else ():
+        group = build(Group, content, problems, f"groups.{name}")
+        if group:
+            merged = (grid.overrides or {}) | group.overrides
+            groups[name] = dataclasses.replace(group, overrides=merged)
+    problems += _problems_of(overrides, groups.values())
     for name, group in groups.items():
-        for config, chosen in _combinations(group, overrides) if group else ():
-            try:
+        try:
+            for config, chosen in _combinations(group, overrides):
                 cfg = _resolve(config, chosen)
-            except ConfigError as error:
-                problems.append(f"groups.{name}: {error}")
-                break  # the group's other runs have the same mistake
-            run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
-            if run.name in runs:
-                run = dataclasses.replace(run, groups=(*runs[run.name].groups, name))
-            runs[run.name] = run
+                run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
+                if run.name in runs:
+                    run = dataclasses.replace(run, groups=(*runs[run.name].groups, name))
+                runs[run.name] = run
+        except ConfigError as error:  # the group's other runs have the same mistake
+            problems.append(f"groups.{name}: {error}")
     if problems:
         raise ConfigError("\n  ".join([f"{path}:", *problems]))
     return list(runs.values())
@@ -103,19 +110,22 @@ def _problems_of(overrides, groups):
 
 def _combinations(group, overrides):
     """(config, overrides) of every run of a group."""
-    axes, fixed = dict(group.axes), {}
-    for key, value in group.overrides.items():
-        fixed[key] = json.dumps(value)
+    axes, given = dict(group.axes), {}
     for override in overrides:
         key, _, text = override.partition("=")
         value = parse_yaml(text, f"override '{override}'")
         if key in axes:
             axes[key] = value if isinstance(value, list) else [value]
         elif not isinstance(value, list):
-            fixed[key] = text
+            given[key] = text
     for config in group.configs:
+        own = group.configs[config] if isinstance(group.configs, dict) else {}
+        if not isinstance(own, dict):
+            raise ConfigError(f"configs.{config}: expected overrides, got {own!r}")
+        fixed = {key: json.dumps(value) for key, value in (group.overrides | own).items()} | given
         for values in itertools.product(*axes.values()):
-            chosen = dict(zip(axes, map(json.dumps, values), strict=True)) | fixed
+            at = dict(zip(axes, map(json.dumps, values), strict=True))
+            chosen = at | fixed | at  # the axes first, and stronger
             yield config, tuple(f"{key}={value}" for key, value in chosen.items())
 
 

@@ -92,6 +92,8 @@ class Launcher:
             first = place * self.nproc
             devices = [str(i % self.gpus) for i in range(first, first + self.nproc)]
             env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(devices))
+        elif self.jobs > 1:  # runs that each take all cores slow each other down many times
+            env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.jobs)))
         log_path(run).parent.mkdir(parents=True, exist_ok=True)
         with open(log_path(run), "ab") as log:
             child = subprocess.Popen(

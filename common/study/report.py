@@ -20,9 +20,9 @@ th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; whit
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
 """
 NOTES = """
-The scores are of a binary decision, defect or normal. Validation scores are the online probe's on
-clean images; training scores are its scores over the last epoch, on augmented views, while it
-learned. Other prevalences are in closed form from the rates of hits and false alarms, the
+The scores are of a binary decision, defect or normal. Validation scores are the {probe} probe's on
+clean images; training scores are the online probe's over the last epoch, on augmented views, while
+it learned. Other prevalences are in closed form from the rates of hits and false alarms, the
 expectation over subsets. Frames of one video are not independent, so intervals over images are too
 narrow.
 """
@@ -71,19 +71,23 @@ class Page:
         return path
 
 
-def write_report(runs, folder):
-    """runs: GridRuns, finished or not. Writes the page of what is there; returns its path."""
-    finished, missing = collect(runs)
+def write_report(runs, folder, probe="online", draws=0):
+    """runs: GridRuns, finished or not. Writes the page of what is there; returns its path.
+
+    probe: online | offline, whose validation scores; draws: real subsets to draw a prevalence.
+    """
+    finished, missing = collect(runs, probe)
     if not finished:
         raise UserError("no run of this grid is finished, so there is nothing to report")
     page = Page(folder)
-    page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(NOTES)}</p>")
+    notes = NOTES.format(probe=probe)
+    page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
 
     def of(*groups):
         return [e for e in finished if set(groups) & set(e.run.groups)]
 
     main = of("methods", "random")
-    steps = [step for step in _main_steps(page, main) if main]
+    steps = list(_main_steps(page, main, probe, draws)) if main else []
     if of("resolution"):
         steps.append(lambda: page.add_table(tables.resolution(of("resolution"))))
     if of("augmentation"):
@@ -108,7 +112,7 @@ def write_report(runs, folder):
     return path
 
 
-def _main_steps(page, main):
+def _main_steps(page, main, probe, draws):
     """One call a part of the page about methods, proportions and backbones."""
     yield lambda: page.add_table(tables.performance(main, "val"))
     yield lambda: page.add_table(tables.performance(main, "train"))
@@ -121,41 +125,43 @@ def _main_steps(page, main):
             yield lambda e=entries, b=backbone, n=name, p=part, m=metrics: page.add_figure(
                 f"heatmap_{b}{p}",
                 f"{n}: training against validation proportion" + (", more scores" if p else ""),
-                "Figures 2, 4 and 5. Online probe, clean validation images, every prevalence in "
-                "closed form, mean over seeds. All panels share one scale.",
+                f"Figures 2, 4 and 5. The {probe} probe, clean validation images, every prevalence "
+                "in closed form, mean over seeds. All panels share one scale.",
                 figures.heatmaps(e, m),
             )
     yield lambda: page.add_figure(
         "f1_by_prevalence",
         "F1 by prevalence",
-        "Online probe on clean validation images. Bands: 95 % over images with one seed, else from "
-        "the lowest to the highest seed.",
+        f"The {probe} probe on clean validation images. Bands: 95 % over images with one seed, "
+        "else from the lowest to the highest seed.",
         figures.prevalence_curves(main),
     )
-    keys = ("rankme_embeddings", "std_embeddings", "std_features")
+    if draws:
+        yield lambda: page.add_table(tables.subsets(main, draws))
     yield lambda: page.add_figure(
         "label_free_over_epochs",
         "Label-free measures over epochs",
         "Figures 6 to 8, on clean validation images in eval mode; one line a run.",
-        figures.over_epochs(main, {k: tables.MEASURES[k] for k in keys}),
+        figures.over_epochs(main),
     )
     yield lambda: page.add_figure(
         "label_free_against_f1",
         "Label-free measures against F1",
-        "Figures 9 and 10. A point a run; filled: ResNet-18, open: ViT-Tiny.",
-        figures.measures_against_f1(main, {k: tables.MEASURES[k] for k in keys}),
+        f"Figures 9 and 10. A point a run; filled: ResNet-18, open: ViT-Tiny. F1 on training views "
+        f"is the online probe's over the last epoch, on validation the {probe} probe's.",
+        figures.measures_against_f1(main),
     )
     yield lambda: page.add_table(tables.measures(main))
     yield lambda: page.add_figure(
         "recall_by_class",
         "Recall by defect class",
-        "Online probe on clean validation images, a point a class and run, against the images of "
-        "that class in the run's training subset.",
+        f"The {probe} probe on clean validation images, a point a class and run, against the "
+        "images of that class in the run's training subset.",
         figures.recall_by_class(main),
     )
     yield lambda: page.add_figure(
         "samples",
         "Sample images by defect class",
-        "Table 5 and Figure 1: validation images, drawn at random.",
+        "Table 5 and Figure 1: images of the training and the validation CSV, drawn at random.",
         figures.samples(main[0].run.cfg.data, lambda n: keyed_rng(SAMPLE_IMAGES, n)),
     )

@@ -27,6 +27,12 @@ class Finished:
 
     run: GridRun
     result: dict
+    probe: str  # online | offline: whose validation scores these are
+
+    @property
+    def val(self):
+        """Validation scores of the chosen probe."""
+        return self.result["val" if self.probe == "online" else "val_offline"]
 
     @property
     def method(self):
@@ -43,8 +49,8 @@ class Finished:
 
     @functools.cached_property
     def scores(self):
-        """StoredScores of the online probe."""
-        return load_scores(self.run.folder)
+        """StoredScores of the chosen probe."""
+        return load_scores(self.run.folder, self.probe)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (as many as there are prevalences, a run)
     def intervals(self, prevalence=None):
@@ -71,14 +77,14 @@ class Finished:
 _annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 
-def collect(runs):
-    """GridRuns -> (list of Finished, {name: why it is not there})."""
+def collect(runs, probe="online"):
+    """GridRuns -> (list of Finished, {name: why it is not there}). probe: online | offline."""
     finished, missing = [], {}
     for run in runs:
         result, (at, why) = read_json(run.folder / RESULT), state(run)
         if at == "finished" and result and "val" in result:
             try:
-                entry = Finished(run, result)
+                entry = Finished(run, result, probe)
                 _ = entry.scores
                 finished.append(entry)
             except UserError as error:
@@ -125,9 +131,9 @@ class Estimate:
 def estimate(entries, metric, split="val"):
     """Mean over seeds with a 95 % interval: over seeds by t, or, with one seed, over images.
 
-    entries: Finished runs that differ in the seed only. split: train, val or val_offline.
+    entries: Finished runs that differ in the seed only. split: train | val (the chosen probe's).
     """
-    values = [e.result[split][metric] for e in entries]
+    values = [(e.val if split == "val" else e.result[split])[metric] for e in entries]
     values = [v for v in values if v is not None]
     if not values:
         return Estimate(None, None, None, 0)

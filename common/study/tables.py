@@ -1,14 +1,10 @@
-"""The study's tables: made of finished runs, written as CSV, LaTeX and HTML."""
-
-import csv
-import html
-from dataclasses import dataclass
+"""The study's tables, made of finished runs."""
 
 import numpy as np
 
 from common.metrics import f2_ciw, f2_ciw_strict
+from common.study.evaluate import draw_subsets
 from common.study.results import (
-    Estimate,
     estimate,
     kendall,
     paper_values,
@@ -16,6 +12,7 @@ from common.study.results import (
     settings,
     spearman,
 )
+from common.study.table import Table
 
 METRICS = {  # key: name in print
     "f1": "F1",
@@ -28,6 +25,7 @@ METRICS = {  # key: name in print
     "average_precision": "average precision",
 }
 BACKBONES = {"resnet18": "ResNet-18", "vit_tiny": "ViT-Tiny"}
+PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)
 MEASURES = {  # label-free, key in result.json's label_free: name in print
     "rankme_embeddings": "RankMe of embeddings",
     "rankme_embeddings_centred": "RankMe of embeddings, centred",
@@ -36,78 +34,6 @@ MEASURES = {  # label-free, key in result.json's label_free: name in print
     "std_embeddings": "std of embeddings",
     "std_features": "std of features",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are text, numbers, None or Estimate."""
-
-    name: str  # of its files
-    title: str
-    caption: str
-    header: tuple
-    rows: list
-
-    def text(self):
-        """Rows of text: three decimals for a float."""
-        return [[_text(cell) for cell in row] for row in self.rows]
-
-    def write_csv(self, path):
-        """Numbers in full; an Estimate becomes three columns: mean, low, high."""
-        wide = {i for row in self.rows for i, c in enumerate(row) if isinstance(c, Estimate)}
-        header = []
-        for i, name in enumerate(self.header):
-            header += [name, f"{name} low", f"{name} high"] if i in wide else [name]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for row in self.rows:
-                cells = []
-                for i, cell in enumerate(row):
-                    if i in wide:
-                        known = isinstance(cell, Estimate)
-                        cells += [cell.mean, cell.low, cell.high] if known else [cell, None, None]
-                    else:
-                        cells.append(cell)
-                writer.writerow(["" if c is None else c for c in cells])
-
-    def write_latex(self, path):
-        """A booktabs table."""
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in self.text()]
-        lines = [
-            r"\begin{table}",
-            rf"\caption{{{_latex(self.caption)}}}",
-            rf"\begin{{tabular}}{{{'l' * len(self.header)}}}",
-            r"\toprule",
-            " & ".join(map(_latex, self.header)) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def html(self):
-        """A table that scrolls sideways in its own frame."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.text()
-        )
-        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _text(cell):
-    if cell is None:
-        return ""
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-
-
-def _latex(text):
-    for character in "&%_#$":
-        text = text.replace(character, "\\" + character)
-    return text
 
 
 def percent(proportion):
@@ -143,8 +69,8 @@ def performance(finished, split):
             header += [f"{name}, paper", "difference"]
     where = {
         "train": "the online probe over the last epoch, on augmented views, as it learned",
-        "val": "the online probe on clean validation images, all of them; the paper's validation "
-        "is on augmented views",
+        "val": f"the {finished[0].probe} probe on clean validation images, all of them; the "
+        "paper's validation is the online probe's, on augmented views",
     }[split]
     return Table(
         f"performance_{split}",
@@ -159,8 +85,6 @@ def performance(finished, split):
 
 def _everything_a_defect(finished):
     """The floor: the scores of calling every validation image a defect."""
-    if not finished:
-        return []
     scores = finished[0].scores
     share = float(scores.label.mean())
     called = np.ones(len(scores.label), bool)
@@ -215,7 +139,7 @@ def measures(finished, score="f1"):
     rows = []
     for (backbone, method), entries in groups.items():
         for key, name in MEASURES.items():
-            pairs = [(e.result["label_free"].get(key), e.result["val"][score]) for e in entries]
+            pairs = [(e.result["label_free"].get(key), e.val[score]) for e in entries]
             pairs = [p for p in pairs if None not in p]
             x, y = zip(*pairs, strict=True) if pairs else ((), ())
             row = [BACKBONES.get(backbone, backbone), method, name, len(x)]
@@ -227,5 +151,36 @@ def measures(finished, score="f1"):
         "F1, and the F1 that is lost by picking the run with the highest measure. Fewer than three "
         "runs give no correlation.",
         ("backbone", "method", "measure", "runs", "Spearman", "Kendall", "regret"),
+        rows,
+    )
+
+
+def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precision")):
+    """The closed form beside real subsets, as the study drew one; a row a setting and prevalence.
+
+    Of each setting's first seed. draws: subsets a row; mean and standard deviation over them.
+    """
+    rows = []
+    for (backbone, method, proportion), entries in settings(finished, setting).items():
+        for prevalence in PREVALENCES:
+            row = [BACKBONES[backbone], method, percent(proportion), percent(prevalence)]
+            exact = entries[0].scores.at(prevalence)
+            drawn = draw_subsets(entries[0].scores, prevalence, draws)
+            for metric in metrics:
+                known = drawn[metric][~np.isnan(drawn[metric])]
+                spread = [float(known.mean()), float(known.std())] if len(known) else [None, None]
+                row += [exact[metric], *spread]
+            rows.append(row)
+    header = ["backbone", "method", "defects in training", "defects in validation"]
+    for metric in metrics:
+        header += [METRICS[metric], "drawn, mean", "drawn, std"]
+    return Table(
+        "subsets",
+        "Closed form and drawn subsets",
+        f"Scores at a prevalence in closed form, and of {draws} subsets drawn with that prevalence "
+        "from the validation images. The std is what a study that draws one subset leaves to "
+        "chance. F2_CIW of small subsets is biased: a class without an image in the draw counts "
+        "as a class of which nothing is found.",
+        tuple(header),
         rows,
     )
