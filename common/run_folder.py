@@ -45,11 +45,12 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """A JSON file, or None where there is none or it cannot be read."""
+    """A JSON file's keys and values, or None where there is none or it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_status(folder, state, why=None, retryable=None, **more):
@@ -81,9 +82,14 @@ def open_folder(folder, identity, with_paths):
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); see run.output_dir"
         ) from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers inherit that
-    except OSError:
+    for wait in (0.1, 0.3, 0.6, None):  # somebody may only be asking whether it is held
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers inherit that
+            break
+        except OSError:
+            if wait:
+                time.sleep(wait)
+    else:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
         raise UserError(f"{folder}: another process is running this run: {owner}") from None

@@ -13,6 +13,7 @@ from common.annotations import read_annotations
 from common.errors import UserError
 from common.metrics import all_scores, at_prevalence
 from common.run_folder import write_json
+from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
 from common.study.report import write_report
 from common.study.results import (
@@ -46,17 +47,18 @@ def make_up(run, rng):
     logit = rng.normal(val.defect * rng.uniform(0.3, 2), 1)
     how = val.classes, val.class_names
     scores = all_scores(logit, val.defect, *how)
+    offline = logit + rng.normal(0, 0.5, len(logit))
     np.savez(
         run.folder / "val_scores.npz",
         filename=val.filename,
         logit=logit,
-        logit_offline=logit,
+        logit_offline=offline,
         label=val.defect,
         classes=val.classes,
         class_names=np.array(val.class_names),
     )
     measures = {f"rankme_{k}{c}": rng.uniform(1, 99) for k in KINDS for c in ("", "_centred")}
-    measures |= {f"std_{k}": rng.uniform(0, 1) for k in KINDS}
+    measures |= {f"{m}_{k}": rng.uniform(0, 1) for k in KINDS for m in ("mean", "std")}
     record = {f"label_free_{k}": v for k, v in measures.items()} | {"label_free_n": 24}
     with open(run.folder / "log.jsonl", "w") as log:
         for epoch in (4, 9):
@@ -70,7 +72,7 @@ def make_up(run, rng):
         "train_rows": {"normal": 37, "defect": 12, "unlabelled": 8},
         "train": scores,
         "val": scores,
-        "val_offline": scores,
+        "val_offline": all_scores(offline, val.defect, *how),
         "label_free": measures,
         "seconds": 60.0,
     }
@@ -90,7 +92,7 @@ def complete(tmp_path_factory, tiny_set):
         rng = np.random.default_rng(0)
         for run in runs:
             make_up(run, rng)
-        write_report(runs, tmp_path / "report")
+        write_report(runs, tmp_path / "report", draws=3)
     return runs, tmp_path / "report"
 
 
@@ -103,7 +105,7 @@ def test_a_complete_grid_gives_every_table_and_figure(complete):
     runs, folder = complete
     assert len(runs) == 11 * 2 + 2 * 2 + 10 + 35
     names = {p.name for p in folder.iterdir()}
-    tables = ("performance_val", "performance_train", "resolution", "label_free")
+    tables = ("performance_val", "performance_train", "resolution", "label_free", "subsets")
     assert {f"{t}.{kind}" for t in tables for kind in ("csv", "tex")} <= names
     figures = ("heatmap_resnet18", "heatmap_vit_tiny", "heatmap_resnet18_more", "fig3_augmentation")
     figures += ("f1_by_prevalence", "label_free_over_epochs", "label_free_against_f1", "samples")
@@ -112,6 +114,35 @@ def test_a_complete_grid_gives_every_table_and_figure(complete):
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 10 and "Missing runs" not in page
     assert not re.search(r'(src|href)="(?!data:|[\w.]+")', page)  # works offline
+
+
+def test_drawn_subsets_stand_beside_the_closed_form(complete):
+    runs, folder = complete
+    rows = read_csv(folder / "subsets.csv")
+    assert len(rows) == (11 + 2) * 2 * 5  # settings times prevalences
+    (run,) = [r for r in runs if r.name.startswith("simclr_vit_tiny_p45")]
+    scores = load_scores(run.folder)
+    at = {"method": "simclr", "backbone": "ViT-Tiny", "defects in training": "45 %"}
+    found = [r for r in rows if at.items() <= r.items()]
+    assert [r["defects in validation"] for r in found] == ["1 %", "2 %", "5 %", "15 %", "45 %"]
+    assert float(found[3]["F1"]) == scores.at(0.15)["f1"]
+    drawn = draw_subsets(scores, 0.15, 3)["f1"]
+    with open(folder / "subsets.csv", newline="") as file:  # three columns have one name
+        row = [r for r in csv.reader(file) if r[:4] == [*list(found[3].values())[:3], "15 %"]][0]
+    assert [float(x) for x in row[5:7]] == pytest.approx([drawn.mean(), drawn.std()])
+
+
+def test_the_report_is_by_the_probe_that_was_asked_for(complete):
+    runs, _ = complete
+    for probe, key in (("online", "val"), ("offline", "val_offline")):
+        finished, missing = collect(runs[:3], probe)
+        assert len(finished) == 3 and not missing
+        for entry in finished:
+            result = json.loads((entry.run.folder / "result.json").read_text())
+            assert estimate([entry], "f1").mean == result[key]["f1"]
+            assert entry.scores.at(None)["f1"] == result[key]["f1"]
+            assert estimate([entry], "f1", "train").mean == result["train"]["f1"]
+    assert result["val"]["auroc"] != result["val_offline"]["auroc"]
 
 
 def test_numbers_stand_beside_the_papers(complete):

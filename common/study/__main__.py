@@ -5,12 +5,11 @@ import shlex
 import sys
 from collections import Counter
 
-import torch
-
 from common.errors import UserError
-from common.progress import clock, say
-from common.study.grid import read_grid, seconds_left, state
-from common.study.launch import Launcher, calibrate, log_path, tail
+from common.progress import say
+from common.study.cost import TimeLeft
+from common.study.grid import read_grid, state
+from common.study.launch import Launcher, calibrate, gpu_ids, log_path, tail
 from common.study.report import write_report
 from common.study.slurm import submit
 
@@ -24,7 +23,7 @@ def plan(runs, args):
     for run in runs:
         print(f"# {run.name} ({', '.join(run.groups)}): {state(run)[0]}")
         print(shlex.join(run.command(nproc=args.nproc)))
-    print(f"# {len(runs)} runs; {_left(runs, args.jobs)}")
+    print(f"# {len(runs)} runs; {TimeLeft(runs).text(args.jobs)}")
 
 
 def status(runs, args):
@@ -38,18 +37,7 @@ def status(runs, args):
             print(f"{at}: {run.name}" + (f": {why}" if why else ""))
         if at == "failed":
             print(tail(log_path(run)))
-    print(_left(runs, args.jobs))
-
-
-def _left(runs, jobs):
-    left = [run for run in runs if state(run)[0] != "finished"]
-    seconds, unknown = seconds_left(left, runs)
-    text = f"{len(left)} left"
-    if len(left) > unknown:
-        text += f", about {clock(seconds / jobs)} with {jobs} at a time"
-    if unknown:
-        text += f", {unknown} of unknown length: see plan --calibrate"
-    return text
+    print(TimeLeft(runs).text(args.jobs))
 
 
 def run(runs, args):
@@ -63,8 +51,7 @@ def run(runs, args):
         again = ["./run_grid.sh", "run", "--grid", args.grid, "--nproc", str(args.nproc)]
         submit(runs, args.jobs, [*again, *args.overrides], shlex.split(args.sbatch))
         return
-    gpus = torch.cuda.device_count()
-    sys.exit(Launcher(runs, args.jobs, args.nproc, gpus).run())
+    sys.exit(Launcher(runs, args.jobs, args.nproc, gpu_ids()).run())
 
 
 def report(runs, args):
@@ -72,12 +59,21 @@ def report(runs, args):
     write_report(runs, args.out, args.probe, args.draws)
 
 
+def _count(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
     parser.add_argument("command", choices=["plan", "run", "status", "report"])
     parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its own GPU")
-    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
+    parser.add_argument(
+        *("--jobs",), type=_count, default=1, help="runs at a time, each with its own GPU"
+    )
+    parser.add_argument("--nproc", type=_count, default=1, help="processes (GPUs) a run")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--sbatch", default="", metavar="WORDS", help="for sbatch: --sbatch='--gres=gpu:1'"

@@ -1,15 +1,10 @@
 """The study's figures, in colours that the colour-blind can tell apart."""
 
-import contextlib
 import itertools
-import os
 
 import matplotlib
 import numpy as np
 
-from common.annotations import NORMAL, read_annotations
-from common.data import open_image
-from common.errors import ImageError
 from common.study.results import settings
 from common.study.tables import BACKBONES, MEASURES, METRICS, PREVALENCES, percent
 
@@ -52,10 +47,7 @@ def heatmaps(finished, metrics):
                 found = [100 * x for x in found if x is not None]
                 values[i, j] = np.mean(found) if found else np.nan
         image = axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            text = "-" if np.isnan(value) else f"{value:.1f}"
-            colour = "black" if value > 55 else "white"
-            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+        _write_numbers(axis, values, ".1f", 55)
         axis.set_title(title)
         axis.set_xticks(range(len(PREVALENCES)), [percent(p) for p in PREVALENCES])
         axis.set_xlabel("defects in validation")
@@ -63,6 +55,14 @@ def heatmaps(finished, metrics):
         _separate(axis, [method for method, _ in groups])
     figure.colorbar(image, ax=axes, label="%", shrink=min(1.0, 3 / height), pad=0.01)
     return figure
+
+
+def _write_numbers(axis, values, how, middle):
+    """Into each cell its value, dark on the bright half of the colours above `middle`."""
+    for (i, j), value in np.ndenumerate(values):
+        text = "-" if np.isnan(value) else format(value, how)
+        colour = "black" if value > middle else "white"
+        axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
 
 
 def _separate(axis, methods):
@@ -76,7 +76,7 @@ def prevalence_curves(finished):
     panels = settings(finished, lambda e: (e.backbone, e.proportion))
     backbones = list(dict.fromkeys(b for b, _ in panels))
     proportions = list(dict.fromkeys(p for _, p in panels))
-    figure, axes = _panels(len(backbones), len(proportions))
+    figure, axes = panels(len(backbones), len(proportions))
     grid, look = np.geomspace(0.005, 0.6, 25), looks(finished)
     for (backbone, proportion), entries in panels.items():
         axis = axes[backbones.index(backbone), proportions.index(proportion)]
@@ -107,7 +107,7 @@ def over_epochs(finished):
     keys = {"rankme_embeddings": "RankMe of embeddings"}
     keys |= {f"{m}_{k}": f"{m} of {k}" for k in ("features", "embeddings") for m in ("mean", "std")}
     backbones = list(settings(finished, lambda e: e.backbone))
-    figure, axes = _panels(len(keys), len(backbones), sharex="col", sharey="row")
+    figure, axes = panels(len(keys), len(backbones), sharex="col", sharey="row")
     look = looks(finished)
     for entry in finished:
         records = entry.epochs()
@@ -128,7 +128,7 @@ def over_epochs(finished):
 def measures_against_f1(finished):
     """Figures 9 and 10: each label-free measure against F1 on training views and on validation."""
     keys = {k: v for k, v in MEASURES.items() if "centred" not in k}
-    figure, axes = _panels(2, len(keys), sharey="row")
+    figure, axes = panels(2, len(keys), sharey="row")
     look = looks(finished)
     for entry in finished:
         for column, (key, name) in enumerate(keys.items()):
@@ -151,7 +151,7 @@ def measures_against_f1(finished):
 def recall_by_class(finished):
     """Recall of each defect class in validation against its images in the training subset."""
     backbones = list(settings(finished, lambda e: e.backbone))
-    figure, axes = _panels(1, len(backbones), sharey="row", height=3.4)
+    figure, axes = panels(1, len(backbones), sharey="row", height=3.4)
     look = looks(finished)
     for entry in finished:
         scores, counts = entry.scores, entry.class_counts()
@@ -183,10 +183,7 @@ def augmentation(finished):
         values[ys.index(t), xs.index(m)] = np.mean([e.val["f1"] or 0 for e in entries])
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
-    middle = np.nanmean(values)
-    for (i, j), value in np.ndenumerate(values):
-        colour = "black" if value > middle else "white"
-        axis.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=8)
+    _write_numbers(axis, values, ".3f", (np.nanmin(values) + np.nanmax(values)) / 2)
     axis.set_xticks(range(len(xs)), xs)
     axis.set_yticks(range(len(ys)), ys)
     axis.set_xlabel("min_scale: the smallest crop's share of the image")
@@ -195,40 +192,8 @@ def augmentation(finished):
     return figure
 
 
-def samples(data, rng_of):
-    """Table 5: an image a class from training (above) and from validation (below).
-
-    data: the data section of a config. rng_of: class number -> generator that chooses. A class
-    without an image, or an image that cannot be read, leaves a gap.
-    """
-    splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
-    names, root = ("normal", *splits[1].class_names), os.path.realpath(data.image_root)
-    across = min(6, len(names))
-    figure, axes = _panels(-(-len(names) // across) * 2, across, height=1.9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for c, name in enumerate(names):
-        rng = rng_of(c)
-        for below, (split, rows) in enumerate(zip(splits, _of_class(splits, name), strict=True)):
-            axis = axes[c // across * 2 + below, c % across]
-            axis.set_title(f"{name}, {('training', 'validation')[below]}", fontsize=9)
-            with contextlib.suppress(ImageError):
-                if len(rows):
-                    axis.imshow(open_image(root, split.name(rng.choice(rows))))
-    return figure
-
-
-def _of_class(splits, name):
-    """The rows of each split that show a class, or nothing."""
-    for split in splits:
-        of = split.defect == NORMAL
-        if name != "normal":
-            known = name in split.class_names
-            of = split.classes[:, split.class_names.index(name)] if known else np.zeros(0)
-        yield np.flatnonzero(of)
-
-
-def _panels(rows, columns, height=2.6, **how):
+def panels(rows, columns, height=2.6, **how):
+    """(figure, (rows, columns) axes); height: inches a row; how: for plt.subplots."""
     size = (1.2 + 3.0 * columns, 0.9 + height * rows)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
 

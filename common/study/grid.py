@@ -15,10 +15,10 @@ two groups is one run.
 
 import dataclasses
 import fcntl
+import functools
 import importlib
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,6 @@ from common.errors import ConfigError
 from common.run_folder import LOCK, RESULT, STATUS, read_json
 from common.sampler import imbalanced_indices
 from common.schema import build, parse_yaml, read_yaml
-
-CALIBRATION = "calibration.json"  # in the output folder: seconds an image, by what costs time
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,9 @@ class GridRun:
 
     def command(self, python="python", nproc=1):
         """What to start as a list of words; nproc: processes (GPUs) of this run."""
-        launch = (
-            [python] if nproc == 1 else ["torchrun", "--standalone", f"--nproc_per_node={nproc}"]
-        )
-        return [*launch, f"{self.cfg.method}.py", "--config", self.config, *self.overrides]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        words = [f"{self.cfg.method}.py", "--config", self.config, *self.overrides]
+        return [python, *(torchrun if nproc > 1 else []), *words]
 
 
 def read_grid(path, overrides=()):
@@ -87,9 +84,11 @@ def read_grid(path, overrides=()):
             for config, chosen in _combinations(group, overrides):
                 cfg = _resolve(config, chosen)
                 run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
-                if run.name in runs:
-                    run = dataclasses.replace(run, groups=(*runs[run.name].groups, name))
-                runs[run.name] = run
+                same = runs.get(run.name, run)
+                if cfg != same.cfg:
+                    raise ConfigError(f"two different runs are named {run.name}")
+                groups_of = dict.fromkeys((*same.groups, name))
+                runs[run.name] = dataclasses.replace(run, groups=tuple(groups_of))
         except ConfigError as error:  # the group's other runs have the same mistake
             problems.append(f"groups.{name}: {error}")
     if problems:
@@ -98,14 +97,20 @@ def read_grid(path, overrides=()):
 
 
 def _problems_of(overrides, groups):
-    """Sentences about overrides that no group can use."""
+    """Sentences about axes without values, and about overrides that no group can use."""
     axes = {key for group in groups for key in group.axes}
+    for group in groups:
+        for key, values in group.axes.items():
+            if not isinstance(values, list) or not values:
+                yield f"axes.{key}: expected a list of values, got {values!r}"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             yield f"override '{override}': expected section.key=value"
         elif isinstance(parse_yaml(text, override), list) and key not in axes:
             yield f"override '{override}': several values, but {key} is no axis of this grid"
+        elif parse_yaml(text, override) == []:
+            yield f"override '{override}': no value"
 
 
 def _combinations(group, overrides):
@@ -155,66 +160,20 @@ def is_held(path):
     """Whether another process holds the lock file."""
     try:
         with open(path, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except FileNotFoundError:
         return False
-    except OSError:
+    except BlockingIOError:
         return True
 
 
-# What a run will take: seconds an image, measured on what costs as much, times its images.
+_annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 
-def cost_key(run):
-    """Runs of one key take the same time an image."""
-    cfg = run.cfg
-    frozen = "random " if cfg.run.frozen_encoder else ""
-    return f"{frozen}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
-
-
-def seconds_per_image(runs):
-    """{cost_key: seconds}, from finished runs, else from what was calibrated."""
-    known = {}
-    for folder in {run.folder.parent for run in runs}:
-        known |= read_json(folder / CALIBRATION) or {}
-    measured = {}
-    for run in runs:
-        result = read_json(run.folder / RESULT)
-        if result:
-            images = sum(result["train_rows"].values()) * result["epochs"]
-            measured.setdefault(cost_key(run), []).append(result["seconds"] / max(images, 1))
-    return known | {key: sum(times) / len(times) for key, times in measured.items()}
-
-
-class ImageCount:
-    """Training images of a run over its epochs; None while its train_csv is not there."""
-
-    def __init__(self):
-        self._annotations = {}
-
-    def __call__(self, run):
-        data = run.cfg.data
-        if data.train_csv not in self._annotations:
-            there = os.path.exists(data.train_csv)
-            self._annotations[data.train_csv] = read_annotations(data.train_csv) if there else None
-        train = self._annotations[data.train_csv]
-        if train is None:
-            return None
-        p, size = data.train_defect_proportion, data.subset_size
-        rows = imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)
-        return len(rows) * run.cfg.optimization.epochs
-
-
-def seconds_left(runs, all_runs):
-    """Estimated seconds of `runs`, and of how many of them nothing is known."""
-    rates, count = seconds_per_image(all_runs), ImageCount()
-    total, unknown = 0.0, 0
-    for run in runs:
-        rate = rates.get(cost_key(run))
-        images = count(run) if rate is not None else None
-        if images is None:
-            unknown += 1
-        else:
-            total += rate * images
-    return total, unknown
+def training_subset(run):
+    """(Annotations, rows) that a run trains on. Raises UserError where its CSV is not there."""
+    data = run.cfg.data
+    train = _annotations(data.train_csv)
+    p, size = data.train_defect_proportion, data.subset_size
+    return train, imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)

@@ -3,20 +3,25 @@
 import contextlib
 import fcntl
 import os
+import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError
-from common.process import DONE, STOPPED, USER_ERROR
-from common.progress import clock, say
+from common.process import DONE, FAULT, STOPPED, USER_ERROR
+from common.progress import say
 from common.run_folder import RESULT, STATUS, read_json, write_json
 from common.run_log import LOG
-from common.study.grid import CALIBRATION, cost_key, seconds_left, state
+from common.study.cost import CALIBRATION, TimeLeft, cost_key
+from common.study.grid import state
 
 LOGS = "logs"  # in the output folder: what each run prints
 TRIES = 3  # of a run that fails with a fault worth retrying
@@ -27,61 +32,79 @@ CALIBRATION_STEPS = (2, 6)  # the first takes longer
 class Launcher:
     """Starts what is not finished; `run` may be called by several processes at once."""
 
-    def __init__(self, runs, jobs=1, nproc=1, gpus=0):
-        """jobs: runs at a time; nproc: processes (GPUs) a run; gpus: on this machine."""
-        self.runs, self.jobs, self.nproc, self.gpus = runs, jobs, nproc, gpus
-        self._left, self._lock = list(runs), threading.Lock()
-        self._children, self.stopped, self.failed = {}, False, {}
+    def __init__(self, runs, jobs=1, nproc=1, gpus=()):
+        """jobs: runs at a time; nproc: processes (GPUs) a run; gpus: ids of this machine's."""
+        self.runs, self.jobs, self.nproc, self.gpus = runs, jobs, nproc, list(gpus)
+        self._places, self._time_left = queue.SimpleQueue(), TimeLeft(runs)
+        self._children, self.stopped, self.failed, self.elsewhere = {}, False, {}, []
+        for place in range(jobs):
+            self._places.put(place)
 
     def run(self):
-        """Returns the exit code: 0 all done, 3 some failed, 75 stopped by a signal."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Returns the exit code: 0 all done, 3 some failed, 75 stopped or some done elsewhere."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._stop)
-        workers = [threading.Thread(target=self._work, args=(i,)) for i in range(self.jobs)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():  # a plain join would keep signals waiting
-                worker.join(0.2)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self._work, run): run for run in self.runs}
+            while wait(futures, 0.2).not_done:  # without a timeout, signals would have to wait
+                pass
+        for future, run in futures.items():
+            if future.exception():
+                self.failed[run] = repr(future.exception())
         for run, why in self.failed.items():
             say(f"failed: {run.name}: {why}\n{tail(log_path(run))}")
         if self.stopped:
             say("stopped; the same command goes on from here")
-            return STOPPED
-        return 3 if self.failed else DONE
+        elif self.elsewhere:
+            say(f"left to others: {', '.join(self.elsewhere)}")
+        if self.failed and not self.stopped:
+            return FAULT
+        return STOPPED if self.stopped or self.elsewhere else DONE
 
     def _stop(self, number, frame):
-        self.stopped = True
+        """First the runs may save; the second time they are killed, and go on from a checkpoint."""
         for child in list(self._children.values()):
             with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGTERM)
+                if self.stopped:
+                    os.killpg(child.pid, signal.SIGKILL)
+                else:
+                    child.send_signal(signal.SIGTERM)
+        self.stopped = True
 
-    def _work(self, place):
-        while not self.stopped:
-            with self._lock:
-                if not self._left:
-                    return
-                run = self._left.pop(0)
+    def _work(self, run):
+        if self.stopped:
+            return
+        place = self._places.get()
+        try:
             with claim(run) as mine:
-                if mine and state(run)[0] not in ("finished", "running"):
+                at = state(run)[0]
+                if at == "finished":
+                    return
+                if mine and at != "running":
                     self._finish(run, place)
+                else:
+                    self.elsewhere.append(run.name)
+        finally:
+            self._places.put(place)
 
     def _finish(self, run, place):
         """Start a run, again where it is worth it."""
         for _ in range(TRIES):
             say(f"{time.strftime('%H:%M:%S')} {run.name}: {state(run)[0]}, log in {log_path(run)}")
+            started = time.time()
             code = self._start(run, place)
-            if code == DONE or self.stopped:
+            if self.stopped or code in (DONE, STOPPED, USER_ERROR):
                 break
-            status = read_json(run.folder / STATUS) or {}
-            if code == USER_ERROR or status.get("retryable") is False:
-                break
-        left = [r for r in self.runs if state(r)[0] != "finished"]
+            status = run.folder / STATUS
+            if status.exists() and status.stat().st_mtime >= started:  # of this start
+                if (read_json(status) or {}).get("retryable") is False:
+                    break
         if state(run)[0] == "finished":
-            seconds, unknown = seconds_left(left, self.runs)
-            note = f" and {unknown} runs of unknown length" if unknown else ""
-            done = f"{len(self.runs) - len(left)} of {len(self.runs)} finished"
-            say(f"{run.name}: finished; {done}, about {clock(seconds / self.jobs)}{note} left")
+            done = sum(state(r)[0] == "finished" for r in self.runs)
+            left = self._time_left.text(self.jobs)
+            say(f"{run.name}: finished; {done} of {len(self.runs)} finished, {left}")
+        elif code == STOPPED:
+            self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:
             self.failed[run] = state(run)[1] or f"exit code {code}"
 
@@ -89,9 +112,9 @@ class Launcher:
         """One process from start to end; returns its exit code."""
         env = dict(os.environ)
         if self.gpus:
-            first = place * self.nproc
-            devices = [str(i % self.gpus) for i in range(first, first + self.nproc)]
-            env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(devices))
+            mine = range(place * self.nproc, (place + 1) * self.nproc)
+            devices = [self.gpus[i % len(self.gpus)] for i in mine]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices))
         elif self.jobs > 1:  # runs that each take all cores slow each other down many times
             env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.jobs)))
         log_path(run).parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +132,14 @@ class Launcher:
             code = child.wait()
             del self._children[run.name]
         return code
+
+
+def gpu_ids():
+    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def log_path(run):
@@ -133,7 +164,7 @@ def claim(run):
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
         yield True
@@ -157,22 +188,24 @@ def calibrate(runs):
 def _time_steps(run):
     """Seconds an image in training, from a run that is stopped after some steps."""
     folder = run.folder.with_name(f"calibrate_{run.name}")
+    shutil.rmtree(folder, ignore_errors=True)
     more = [f"run.name={folder.name}", "run.log_every=1"]
     words = [*run.command(sys.executable), *more]
     first, last = CALIBRATION_STEPS
     with open(os.devnull, "wb") as nowhere:
         child = subprocess.Popen(words, stdout=nowhere, stderr=subprocess.PIPE, text=True)
         times = {}
-        while last not in times and child.poll() is None:
+        while max(times, default=0) < last and child.poll() is None:
             time.sleep(0.05)
             log = folder / LOG
             lines = log.read_text().count('"kind": "step"') if log.exists() else 0
             times.setdefault(lines, time.monotonic())
         child.terminate()
         said = child.communicate()[1]
-    steps = [n for n in times if first <= n <= last]
-    if (folder / RESULT).exists():  # a run that short
-        result = read_json(folder / RESULT)
+    steps = [n for n in times if n >= first]
+    result = read_json(folder / RESULT)
+    shutil.rmtree(folder, ignore_errors=True)
+    if result:  # a run that short
         return result["seconds"] / (sum(result["train_rows"].values()) * result["epochs"])
     if len(steps) < 2:
         raise UserError(f"{shlex.join(words)}: could not be timed:\n{said}")

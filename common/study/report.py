@@ -10,6 +10,7 @@ from common.keyed import SAMPLE_IMAGES, keyed_rng
 from common.progress import Progress, say
 from common.study import figures, tables
 from common.study.results import collect, settings
+from common.study.samples import samples
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 0 1rem }
@@ -163,5 +164,5 @@ def _main_steps(page, main, probe, draws):
         "samples",
         "Sample images by defect class",
         "Table 5 and Figure 1: images of the training and the validation CSV, drawn at random.",
-        figures.samples(main[0].run.cfg.data, lambda n: keyed_rng(SAMPLE_IMAGES, n)),
+        samples(main[0].run.cfg.data, lambda n: keyed_rng(SAMPLE_IMAGES, n)),
     )

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.annotations import read_annotations
 from common.errors import UserError
 from common.run_folder import RESULT, read_json
 from common.run_log import LOG, read_log
-from common.sampler import imbalanced_indices
 from common.study.evaluate import intervals, load_scores
-from common.study.grid import GridRun, state
+from common.study.grid import GridRun, state, training_subset
 
 PAPER = Path(__file__).with_name("paper_values.csv")
 # Of the t distribution with 1, 2, ... degrees of freedom, 97.5 %; the normal's from 10 on.
@@ -64,17 +62,11 @@ class Finished:
 
     def class_counts(self):
         """{class: images in its training subset}, or {} where the annotations are not there."""
-        data = self.run.cfg.data
         try:
-            train = _annotations(data.train_csv)
+            train, rows = training_subset(self.run)
         except UserError:
             return {}
-        p, size = data.train_defect_proportion, data.subset_size
-        rows = imbalanced_indices(train.defect, p, self.run.cfg.seed, data.fraction, size)
         return dict(zip(train.class_names, train.classes[rows].sum(axis=0).tolist(), strict=True))
-
-
-_annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 
 def collect(runs, probe="online"):

@@ -1,0 +1,44 @@
+"""A sheet of sample images by defect class."""
+
+import contextlib
+import os
+
+import numpy as np
+
+from common.annotations import NORMAL, read_annotations
+from common.data import open_image
+from common.errors import ImageError
+from common.study.figures import panels
+
+
+def samples(data, rng_of):
+    """Table 5: an image a class from training (above) and from validation (below).
+
+    data: the data section of a config. rng_of: class number -> generator that chooses. A class
+    without an image, or an image that cannot be read, leaves a gap.
+    """
+    splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
+    names, root = ("normal", *splits[1].class_names), os.path.realpath(data.image_root)
+    across = min(6, len(names))
+    figure, axes = panels(-(-len(names) // across) * 2, across, height=1.9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for c, name in enumerate(names):
+        rng = rng_of(c)
+        for below, (split, rows) in enumerate(zip(splits, _of_class(splits, name), strict=True)):
+            axis = axes[c // across * 2 + below, c % across]
+            axis.set_title(f"{name}, {('training', 'validation')[below]}", fontsize=9)
+            with contextlib.suppress(ImageError):
+                if len(rows):
+                    axis.imshow(open_image(root, split.name(rng.choice(rows))))
+    return figure
+
+
+def _of_class(splits, name):
+    """The rows of each split that show a class, or nothing."""
+    for split in splits:
+        of = split.defect == NORMAL
+        if name != "normal":
+            known = name in split.class_names
+            of = split.classes[:, split.class_names.index(name)] if known else np.zeros(0)
+        yield np.flatnonzero(of)
