@@ -42,15 +42,48 @@ def _curve(logits, is_defect):
     return tp, last + 1 - tp, thresholds[last]
 
 
-def _average_precision(tp, fp, w_defect, w_normal):
-    """Sum of precision times the step in recall (as scikit-learn), with a weight a class."""
-    precision = tp * w_defect / (tp * w_defect + fp * w_normal)
+def average_precision(tp, fp, w_defect, w_normal):
+    """Sum of precision times the step in recall (as scikit-learn), with a weight a class.
+
+    tp, fp: (T,) counts down to each threshold, the highest first.
+    """
+    called = tp * w_defect + fp * w_normal
+    precision = tp * w_defect / np.maximum(called, np.finfo(float).tiny)
     steps = np.diff(tp, prepend=0) / tp[-1]
     return float((precision * steps).sum())
 
 
+def area_under_roc(tp, fp):
+    """Area under the steps of (fp, tp), ties counted half: exact in int64. tp, fp: (T,) counts."""
+    area2 = (np.diff(fp, prepend=0) * (tp + np.append(0, tp[:-1]))).sum()
+    return float(area2 / (2 * tp[-1] * fp[-1]))
+
+
+def count_scores(tp, fn, fp, tn):
+    """precision, recall, f1, f2 and f1_normal of counts or shares; None where undefined."""
+    return {
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, tp + fn),
+        "f1": _f_beta(1, tp, fn, fp),
+        "f2": _f_beta(4, tp, fn, fp),
+        "f1_normal": _f_beta(1, tn, fp, fn),
+    }
+
+
 def _f_beta(beta2, tp, fn, fp):
     return _ratio((1 + beta2) * tp, (1 + beta2) * tp + beta2 * fn + fp)
+
+
+def ciw_f2(tp, fn, fp, class_names):
+    """Mean over classes, weighted by importance (a class outside Sewer-ML's 17: 1), of
+    F2_c = 5 TP_c / (5 TP_c + 4 FN_c + FP).
+
+    tp, fn: (C,) hits and misses of each class, fp: false alarms, 0 for the study's F2_CIW. A class
+    without images has TP = 0, scores 0 and stays in the mean.
+    """
+    weights = np.array([CLASS_IMPORTANCE.get(name, 1.0) for name in class_names])
+    f2 = 5 * tp / np.maximum(5 * tp + 4 * fn + fp, np.finfo(float).tiny)
+    return float((weights * f2).sum() / weights.sum())
 
 
 def binary_scores(logits, labels, prevalence=None):
@@ -74,31 +107,19 @@ def binary_scores(logits, labels, prevalence=None):
             raise UserError(f"a prevalence lies between 0 and 1, got {prevalence}")
         w_defect = prevalence / max(n_defect, 1)
         w_normal = (1 - prevalence) / max(n_normal, 1)
-    w_tp, w_fn = tp * w_defect, (n_defect - tp) * w_defect
-    w_fp, w_tn = fp * w_normal, (n_normal - fp) * w_normal
-    scores = {
-        "precision": _ratio(w_tp, w_tp + w_fp),
-        "recall": _ratio(tp, n_defect),
-        "f1": _f_beta(1, w_tp, w_fn, w_fp),
-        "f2": _f_beta(4, w_tp, w_fn, w_fp),
-        "f1_normal": _f_beta(1, w_tn, w_fp, w_fn),
-        "auroc": None,
-        "average_precision": None,
-        "threshold": None,
-        "f1_best": None,
-    }
+    counts = np.array([tp, n_defect - tp]) * w_defect, np.array([fp, n_normal - fp]) * w_normal
+    scores = count_scores(*counts[0], *counts[1])
+    scores |= dict.fromkeys(("auroc", "average_precision", "threshold", "f1_best"))
     undefined = {} if scores["precision"] is not None else {"precision": "nothing called a defect"}
     if n_defect:
         tps, fps, thresholds = _curve(logits, is_defect)
         if prevalence is None or n_normal:
             f1 = 2 * tps * w_defect / ((tps + n_defect) * w_defect + fps * w_normal)
             best = int(f1.argmax())
-            scores["average_precision"] = _average_precision(tps, fps, w_defect, w_normal)
+            scores["average_precision"] = average_precision(tps, fps, w_defect, w_normal)
             scores["threshold"], scores["f1_best"] = float(thresholds[best]), float(f1[best])
         if n_normal:
-            # Area under the steps of (fp, tp), ties counted half: exact in int64.
-            area2 = (np.diff(fps, prepend=0) * (tps + np.append(0, tps[:-1]))).sum()
-            scores["auroc"] = float(area2 / (2 * n_defect * n_normal))
+            scores["auroc"] = area_under_roc(tps, fps)
     needs_defects = ("recall", "f1", "f2", "average_precision", "threshold", "f1_best", "auroc")
     needs_normals = ("f1_normal", "auroc")
     if prevalence is not None:  # a missing group has no rate that could be mixed in
@@ -113,11 +134,6 @@ def binary_scores(logits, labels, prevalence=None):
     return scores | {"n": n, "n_defect": n_defect, "undefined": undefined}
 
 
-def _class_weights(class_names):
-    """Class-importance weight of each class; one outside Sewer-ML's 17 weighs 1."""
-    return np.array([CLASS_IMPORTANCE.get(name, 1.0) for name in class_names])
-
-
 def f2_ciw(predicted, classes, class_names):
     """The study's class-importance-weighted F2 of a binary classifier. It cannot see false alarms.
 
@@ -129,10 +145,8 @@ def f2_ciw(predicted, classes, class_names):
     if not len(class_names):
         return None
     predicted, classes = np.asarray(predicted).astype(bool), np.asarray(classes).astype(bool)
-    images = classes.sum(axis=0, dtype=np.int64)
-    recall = classes[predicted].sum(axis=0, dtype=np.int64) / np.maximum(images, 1)
-    weights = _class_weights(class_names)
-    return float((weights * 5 * recall / (4 + recall)).sum() / weights.sum())
+    hits = classes[predicted].sum(axis=0, dtype=np.int64)
+    return ciw_f2(hits, classes[~predicted].sum(axis=0, dtype=np.int64), 0, class_names)
 
 
 def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None):
@@ -155,10 +169,7 @@ def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None)
     tp = w_defect * classes[is_defect & predicted].sum(axis=0, dtype=np.int64)
     fn = w_defect * classes[is_defect & ~predicted].sum(axis=0, dtype=np.int64)
     fp = w_normal * int((is_normal & predicted).sum())
-    weights = _class_weights(class_names)
-    # A class without images has TP = 0 and scores 0, whatever stands below.
-    f2 = 5 * tp / np.maximum(5 * tp + 4 * fn + fp, np.finfo(float).tiny)
-    return float((weights * f2).sum() / weights.sum())
+    return ciw_f2(tp, fn, fp, class_names)
 
 
 def all_scores(logits, labels, classes, class_names, prevalence=None):

@@ -44,36 +44,42 @@ def test_f2_ciw_of_small_subsets_is_biased_by_rare_classes():
 def test_intervals_cover_and_shrink_with_the_number_of_images():
     """Of 40 data sets, the 95 % interval of most contains what a very large one has."""
     truth = some(100_000, seed=99).at(0.1)
-    covered = {"f1": 0, "auroc": 0, "f2_ciw_strict": 0}
+    covered = {"f1": 0, "auroc": 0, "average_precision": 0, "f2_ciw_strict": 0}
     for seed in range(40):
-        found = intervals(some(1500, seed), 0.1, draws=60)
+        found = intervals(some(1500, seed), [0.1], draws=60)[0.1]
         for name in covered:
             low, high = found[name]
             covered[name] += low <= truth[name] <= high
-    assert 33 <= covered["f1"] and 33 <= covered["auroc"], covered
-    wide, narrow = (np.diff(intervals(some(n), 0.1)["f1"])[0] for n in (1500, 24000))
+    assert all(33 <= n for n in covered.values()), covered
+    wide, narrow = (np.diff(intervals(some(n), [0.1])[0.1]["f1"])[0] for n in (1500, 24000))
     assert wide / narrow == pytest.approx(4, rel=0.35)
+    scores = some()  # a known width: recall is a share of 2,400 independent images
+    recall = scores.at(None)["recall"]
+    expected = 2 * 1.96 * (recall * (1 - recall) / 2400) ** 0.5
+    assert np.diff(intervals(scores, [None])[None]["recall"])[0] == pytest.approx(
+        expected, rel=0.15
+    )
 
 
 @pytest.mark.parametrize("prevalence", [None, 0.01, 0.45])
 def test_intervals_are_around_the_scores(prevalence):
     scores = some()
-    at, found = scores.at(prevalence), intervals(scores, prevalence)
-    assert set(found) == {
-        *("precision", "recall", "f1", "f2", "f1_normal", "f2_ciw", "f2_ciw_strict", "auroc")
-    }
+    at, found = scores.at(prevalence), intervals(scores, [prevalence])[prevalence]
+    names = ("precision", "recall", "f1", "f2", "f1_normal", "f2_ciw", "f2_ciw_strict", "auroc")
+    assert set(found) == {*names, "average_precision"}
     for name, (low, high) in found.items():
         assert low < at[name] < high, name
-    assert found == intervals(scores, prevalence)  # the draws are keyed
+    assert found == intervals(scores, [0.3, prevalence])[prevalence]  # the draws are keyed
 
 
 def test_without_classes_or_without_a_group_there_is_less():
     scores = some()
     plain = StoredScores(scores.logit, scores.label, np.zeros((6000, 0), bool), ())
-    assert "f2_ciw" not in intervals(plain, 0.1) and "f1" in intervals(plain, 0.1)
+    found = intervals(plain, [0.1])[0.1]
+    assert "f2_ciw" not in found and "f1" in found
     normal = scores.label == 0
     only = StoredScores(scores.logit[normal], scores.label[normal], scores.classes[normal], NAMES)
-    assert intervals(only, 0.1) == {} and only.at(0.1)["f1"] is None
+    assert intervals(only, [0.1]) == {0.1: {}} and only.at(0.1)["f1"] is None
 
 
 def test_stored_scores_are_read_back(tmp_path):
@@ -87,6 +93,13 @@ def test_stored_scores_are_read_back(tmp_path):
     assert back.at(None) == expected and len(back.label) == 49 and back.class_names == NAMES
     with pytest.raises(UserError, match="val_scores.npz: the offline probe"):
         load_scores(tmp_path, "offline")
-    (tmp_path / "val_scores.npz").write_bytes(b"junk")
-    with pytest.raises(UserError, match="val_scores.npz: cannot be read"):
-        load_scores(tmp_path)
+    whole = (tmp_path / "val_scores.npz").read_bytes()
+    for damaged in (
+        b"",
+        b"junk",
+        whole[: len(whole) // 2],
+        whole.replace(scores.classes.tobytes(), b""),
+    ):
+        (tmp_path / "val_scores.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="val_scores.npz: cannot be read"):
+            load_scores(tmp_path)

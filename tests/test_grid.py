@@ -15,6 +15,7 @@ from small import HEAD
 
 from common.errors import ConfigError
 from common.run_folder import read_json, write_json
+from common.study import launch
 from common.study.cost import TimeLeft, cost_key
 from common.study.grid import read_grid, state
 from common.study.launch import log_path
@@ -212,3 +213,87 @@ def test_calibration_times_what_nothing_is_known_of(tmp_path, tiny_set):
     known = json.loads((tmp_path / "runs/calibration.json").read_text())
     assert list(known) == ["simclr resnet18  32 px"] and 0 < known["simclr resnet18  32 px"] < 1
     assert "unknown" not in said and "2 runs; 2 left, about" in said
+
+
+class Child:
+    """A process that ends at once; what it was started with is kept."""
+
+    started: list = []
+
+    def __init__(self, words, env, **_):
+        self.words, self.env, self.pid = words, env, os.getpid()
+        Child.started.append(self)
+
+    def wait(self):
+        time.sleep(0.1)
+        return 3
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path, tiny_set):
+    """(runs of a small grid, processes that the launcher would have started)."""
+    monkeypatch.setattr(Child, "started", [])
+    monkeypatch.setattr(launch.subprocess, "Popen", Child)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the launcher sets them: put back
+        number = getattr(signal, name)
+        monkeypatch.setattr(launch.signal, name, number)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    return read_grid(small_grid(tmp_path, tiny_set, [1, 2])), Child.started
+
+
+def test_a_fault_is_tried_again_and_then_told(pretended, capfd):
+    runs, started = pretended
+    log_path(runs[0]).parent.mkdir(parents=True)
+    log_path(runs[0]).write_text("out of memory\n")
+    runs[1].folder.mkdir()
+    write_json(runs[1].folder / "status.json", {"state": "failed", "retryable": False})
+    os.utime(runs[1].folder / "status.json", (0, 0))  # of an earlier start: tells nothing
+    assert launch.Launcher(runs).run() == 3
+    assert len(started) == 2 * launch.TRIES
+    said = capfd.readouterr().err
+    assert "out of memory" in said and all(f"failed: {run.name}" in said for run in runs)
+
+
+def test_what_goes_wrong_in_the_launcher_is_a_failure(pretended, monkeypatch, capfd):
+    runs, _ = pretended
+
+    def refuse(*_, **__):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(launch.subprocess, "Popen", refuse)
+    assert launch.Launcher(runs).run() == 3
+    assert capfd.readouterr().err.count("no more processes") == 2
+
+
+def test_each_run_gets_its_own_gpus_of_those_that_are_there(pretended, monkeypatch):
+    runs, started = pretended
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    launch.Launcher(runs, jobs=2, nproc=2, gpus=launch.gpu_ids()).run()
+    assert {child.env["CUDA_VISIBLE_DEVICES"] for child in started} == {"4,5", "6,7"}
+    assert all("--nproc_per_node=2" in child.words for child in started)
+    assert started[0].words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_runs_side_by_side_on_a_cpu_share_its_cores(pretended, monkeypatch):
+    runs, started = pretended
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    launch.Launcher(runs, jobs=2).run()
+    assert {child.env["OMP_NUM_THREADS"] for child in started} == {"4"}
+
+
+def test_a_run_that_another_door_holds_is_left_to_it(pretended, capfd):
+    runs, started = pretended
+    with launch.claim(runs[0]) as mine:
+        assert mine and launch.Launcher(runs[:1]).run() == 75
+    assert not started and "left to others" in capfd.readouterr().err
+
+
+def test_runs_that_cannot_be_told_apart_are_refused(tmp_path):
+    axes = {"run.output_dir": ["a", "b"]}
+    for more in (group(axes=axes), group(axes={"seed": [1, 2]}, **{"run.name": "x"})):
+        with pytest.raises(ConfigError, match="two different runs are named"):
+            read_grid(write_grid(tmp_path / "g.yaml", a=more))
+    for axis in (42, [], "text"):
+        with pytest.raises(ConfigError, match="axes.seed: expected a list"):
+            read_grid(write_grid(tmp_path / "g.yaml", a=group(axes={"seed": axis})))

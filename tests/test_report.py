@@ -1,6 +1,7 @@
 """The report on complete, incomplete and broken run folders; made up here, not trained."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -13,6 +14,7 @@ from common.annotations import read_annotations
 from common.errors import UserError
 from common.metrics import all_scores, at_prevalence
 from common.run_folder import write_json
+from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
 from common.study.report import write_report
@@ -24,8 +26,9 @@ from common.study.results import (
     paper_values,
     regret,
     spearman,
+    with_variants,
 )
-from common.study.tables import performance
+from common.study.tables import measures, performance, resolution
 
 PAPER = ROOT / "configs/grid/paper.yaml"
 RNG = np.random.default_rng(0)
@@ -47,7 +50,7 @@ def make_up(run, rng):
     logit = rng.normal(val.defect * rng.uniform(0.3, 2), 1)
     how = val.classes, val.class_names
     scores = all_scores(logit, val.defect, *how)
-    offline = logit + rng.normal(0, 0.5, len(logit))
+    offline = logit + rng.normal(0, 5, len(logit))
     np.savez(
         run.folder / "val_scores.npz",
         filename=val.filename,
@@ -58,6 +61,7 @@ def make_up(run, rng):
         class_names=np.array(val.class_names),
     )
     measures = {f"rankme_{k}{c}": rng.uniform(1, 99) for k in KINDS for c in ("", "_centred")}
+    measures |= {f"rankme_{k}_largest": 128 for k in KINDS}
     measures |= {f"{m}_{k}": rng.uniform(0, 1) for k in KINDS for m in ("mean", "std")}
     record = {f"label_free_{k}": v for k, v in measures.items()} | {"label_free_n": 24}
     with open(run.folder / "log.jsonl", "w") as log:
@@ -106,6 +110,7 @@ def test_a_complete_grid_gives_every_table_and_figure(complete):
     assert len(runs) == 11 * 2 + 2 * 2 + 10 + 35
     names = {p.name for p in folder.iterdir()}
     tables = ("performance_val", "performance_train", "resolution", "label_free", "subsets")
+    tables += ("matrix", "class_recall")
     assert {f"{t}.{kind}" for t in tables for kind in ("csv", "tex")} <= names
     figures = ("heatmap_resnet18", "heatmap_vit_tiny", "heatmap_resnet18_more", "fig3_augmentation")
     figures += ("f1_by_prevalence", "label_free_over_epochs", "label_free_against_f1", "samples")
@@ -127,9 +132,8 @@ def test_drawn_subsets_stand_beside_the_closed_form(complete):
     assert [r["defects in validation"] for r in found] == ["1 %", "2 %", "5 %", "15 %", "45 %"]
     assert float(found[3]["F1"]) == scores.at(0.15)["f1"]
     drawn = draw_subsets(scores, 0.15, 3)["f1"]
-    with open(folder / "subsets.csv", newline="") as file:  # three columns have one name
-        row = [r for r in csv.reader(file) if r[:4] == [*list(found[3].values())[:3], "15 %"]][0]
-    assert [float(x) for x in row[5:7]] == pytest.approx([drawn.mean(), drawn.std()])
+    spread = [float(found[3][f"F1, {what} of draws"]) for what in ("mean", "std")]
+    assert spread == pytest.approx([drawn.mean(), drawn.std()])
 
 
 def test_the_report_is_by_the_probe_that_was_asked_for(complete):
@@ -140,8 +144,8 @@ def test_the_report_is_by_the_probe_that_was_asked_for(complete):
         for entry in finished:
             result = json.loads((entry.run.folder / "result.json").read_text())
             assert estimate([entry], "f1").mean == result[key]["f1"]
-            assert entry.scores.at(None)["f1"] == result[key]["f1"]
-            assert estimate([entry], "f1", "train").mean == result["train"]["f1"]
+            assert entry.at()["auroc"] == result[key]["auroc"]
+            assert estimate([entry], "f1", split="train").mean == result["train"]["f1"]
     assert result["val"]["auroc"] != result["val_offline"]["auroc"]
 
 
@@ -156,7 +160,8 @@ def test_numbers_stand_beside_the_papers(complete):
     (run,) = [r for r in runs if r.name.startswith("simclr_resnet18_p45")]
     ours = json.loads((run.folder / "result.json").read_text())["val"]["f1"]
     assert float(row["F1"]) == ours and float(row["F1, paper"]) == 0.814
-    assert float(row["difference"]) != 0 and float(row["F1 low"]) < ours < float(row["F1 high"])
+    assert float(row["F1, difference"]) == pytest.approx(ours - 0.814)
+    assert float(row["F1 low"]) < ours < float(row["F1 high"])
     assert [r["method"] for r in rows if r["backbone"] == ""] == ["everything a defect"]
     assert float(rows[-1]["recall"]) == 1 and float(rows[-1]["precision"]) == pytest.approx(8 / 24)
     latex = (folder / "performance_val.tex").read_text()
@@ -168,17 +173,51 @@ def test_an_incomplete_or_broken_grid_gives_what_is_there_and_names_the_gaps(tmp
     runs = [run for run in runs if set(run.groups) & {"methods", "random"}]
     with pytest.raises(UserError, match="no run of this grid"):
         write_report(runs, tmp_path / "report")
-    for run in runs[:4]:
+    for run in runs[:8]:
         make_up(run, np.random.default_rng(1))
-    (runs[0].folder / "result.json").write_text("{")
-    (runs[1].folder / "val_scores.npz").write_bytes(b"junk")
+    for run, damage in zip(runs[:2], ("{", '{"val": {"f1": 1}}'), strict=True):
+        (run.folder / "result.json").write_text(damage)
+    scores = runs[2].folder / "val_scores.npz"
+    scores.write_bytes(scores.read_bytes()[:-100])
+    (runs[3].folder / "log.jsonl").unlink()
+    (runs[4].folder / "log.jsonl").write_text('{"kind": "epo\n{}\n')
+    (runs[6].folder / "log.jsonl").write_text('{"kind": "epoch", "epoch": 3, "label_free_n": 9}\n')
     finished, missing = collect(runs)
-    assert [e.run for e in finished] == runs[2:4]
-    assert "damaged" in missing[runs[0].name] and "val_scores.npz" in missing[runs[1].name]
-    assert missing[runs[5].name] == "queued"
+    assert [e.run for e in finished] == runs[5:8]
+    for run in (*runs[:2], *runs[3:5]):
+        assert "damaged" in missing[run.name]
+    assert "val_scores.npz" in missing[runs[2].name] and missing[runs[9].name] == "queued"
     page = write_report(runs, tmp_path / "report").read_text()
-    assert "Missing runs" in page and all(run.name in page for run in runs[4:])
-    assert f"2 of {len(runs)} runs" in page
+    assert "Missing runs" in page and all(run.name in page for run in runs[8:])
+    assert f"3 of {len(runs)} runs" in page and "could not be made" not in page
+    assert TimeLeft(runs).seconds()[1] == len(runs) - 8
+
+
+def test_without_the_data_the_report_leaves_out_only_what_shows_them(tmp_path, tiny_set):
+    runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45")[:1]
+    make_up(runs[0], RNG)
+    gone = read_grid(PAPER, [*tiny_set, f"run.output_dir={tmp_path}/runs", "data.val_csv=gone.csv"])
+    runs = [dataclasses.replace(runs[0], cfg=gone[0].cfg, name=runs[0].name)]
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "could not be made" in page and "gone.csv" in page
+    assert (tmp_path / "report/heatmap_resnet18.png").exists()
+
+
+def test_different_experiments_are_not_averaged_as_seeds(tmp_path, tiny_set):
+    axes = {"seed": [1, 2], "optimization.epochs": [10, 20]}
+    group = {"configs": ["configs/simclr_r18.yaml"], "axes": axes, "overrides": {}}
+    grid = {"overrides": {"run.output_dir": str(tmp_path / "runs")}, "groups": {"mine": group}}
+    (tmp_path / "g.yaml").write_text(json.dumps(grid))
+    runs = read_grid(tmp_path / "g.yaml", tiny_set)
+    for run in runs:
+        make_up(run, RNG)
+    finished = with_variants(collect(runs)[0])
+    *rows, floor = performance(finished, "val").rows
+    assert [row[1] for row in rows] == [f"simclr, optimization.epochs={n}" for n in (10, 20)]
+    assert [row[3] for row in rows] == [2, 2]
+    assert [row[1] for row in resolution(with_variants(finished, ["optimization.epochs"])).rows]
+    page = write_report(runs, tmp_path / "report").read_text()  # a group of another name
+    assert page.count("simclr, optimization.epochs=20") > 2
 
 
 def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
@@ -198,11 +237,11 @@ def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
 
 def test_scores_at_other_prevalences_come_from_what_is_stored(complete):
     runs, _ = complete
-    entry = Finished(runs[0], json.loads((runs[0].folder / "result.json").read_text()))
+    entry = Finished(runs[0], json.loads((runs[0].folder / "result.json").read_text()), "online")
     with np.load(runs[0].folder / "val_scores.npz") as stored:
         how = stored["classes"], [str(n) for n in stored["class_names"]]
         expected = at_prevalence(stored["logit"], stored["label"], 0.02, *how)
-    assert entry.scores.at(0.02) == expected
+    assert entry.scores.at(0.02) == entry.at(0.02) == expected
     assert sum(entry.class_counts().values()) > 0
 
 
@@ -213,7 +252,24 @@ def test_rank_correlations_are_the_librarys():
             assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
             assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y)[0])
     assert spearman([1, 1, 1], [1, 2, 3]) is None and kendall([1, 2], [1, 2]) is None
-    assert regret([3, 1, 2], [0.5, 0.9, 0.7]) == pytest.approx(0.4) and regret([], []) is None
+    assert regret([3, 1, 2], [0.5, 0.9, 0.7]) == pytest.approx(0.4) and regret([1], [0.5]) is None
+
+
+def test_pooled_measures_leave_out_the_random_encoder_and_the_embeddings_width(tmp_path, tiny_set):
+    runs = [r for r in paper_runs(tmp_path, tiny_set) if set(r.groups) & {"methods", "random"}]
+    runs = [r for r in runs if r.cfg.method in ("simclr", "dino") and r.cfg.backbone == "resnet18"]
+    for i, run in enumerate(runs):
+        make_up(run, np.random.default_rng(i))
+        result = json.loads((run.folder / "result.json").read_text())
+        wide = 10 if result["method"] == "dino" else 1  # as good for their width
+        result["label_free"]["rankme_embeddings"] = wide * result["val"]["f1"]
+        result["label_free"]["rankme_embeddings_largest"] = wide * 128
+        write_json(run.folder / "result.json", result)
+    rows = [r for r in measures(collect(runs)[0]).rows if r[2:4] == ["RankMe of embeddings", "val"]]
+    assert [(r[1], r[4]) for r in rows] == [
+        *[("all trained", 10), ("simclr", 5), ("dino", 5), ("random", 5)]
+    ]
+    assert all(r[5] == pytest.approx(1) and r[6] == pytest.approx(1) and r[7] == 0 for r in rows)
 
 
 def test_the_papers_values_are_complete_and_consistent():

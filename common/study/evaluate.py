@@ -1,23 +1,33 @@
 """Stored validation scores at every prevalence: in closed form, with intervals, and by drawing.
 
 With all normals kept, the rates of hits and of false alarms do not move with the prevalence, so one
-pass over the validation set gives the scores at all of them: the expectation over subsets. Frames
-of one video are not independent, so the intervals here, of single images, are too narrow.
+pass over the validation set gives the scores at all of them: what subsets of that prevalence tend
+to as they grow. Recall and AUROC are the expectation over subsets of any size; ratios differ from
+it in the second order, and F2_CIW of small subsets lies lower, as a class without an image in the
+draw counts as one of which nothing is found. Frames of one video are not independent, so the
+intervals here, of single images, are too narrow.
 """
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.annotations import CLASS_IMPORTANCE
 from common.errors import UserError
 from common.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
-from common.metrics import THRESHOLD, all_scores, at_prevalence
+from common.metrics import (
+    THRESHOLD,
+    all_scores,
+    area_under_roc,
+    average_precision,
+    ciw_f2,
+    count_scores,
+)
 
 FILE = "val_scores.npz"
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
-OF_RATES = ("precision", "recall", "f1", "f2", "f1_normal", "f2_ciw", "f2_ciw_strict")
 
 
 @dataclass(frozen=True)
@@ -31,10 +41,8 @@ class StoredScores:
 
     def at(self, prevalence):
         """All scores at a prevalence, in closed form; None: that of the data."""
-        how = self.classes, self.class_names
-        if prevalence is None:
-            return all_scores(self.logit, self.label, *how)
-        return at_prevalence(self.logit, self.label, prevalence, *how)
+        how = self.classes, self.class_names, prevalence
+        return all_scores(self.logit, self.label, *how)
 
 
 def load_scores(folder, probe="online"):
@@ -48,7 +56,7 @@ def load_scores(folder, probe="online"):
             logit = stored["logit" if probe == "online" else "logit_offline"].astype(np.float64)
             label, classes = stored["label"], stored["classes"]
             names = tuple(str(name) for name in stored["class_names"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
     known = label >= 0
     if not np.isfinite(logit[known]).all():
@@ -56,60 +64,51 @@ def load_scores(folder, probe="online"):
     return StoredScores(logit[known], label[known], classes[known].astype(bool), names)
 
 
-def intervals(scores, prevalence, seed=0, draws=200):
-    """95 % intervals {score: (low, high)} by bootstrap over images, within normals and defects.
+def intervals(scores, prevalences, seed=0, draws=200):
+    """95 % intervals by bootstrap over images, within normals and defects.
 
-    prevalence: to score at, None: that of the data. The same draws serve every prevalence.
+    prevalences: to score at, None for that of the data; the same draws serve all. Returns
+    {prevalence: {score: (low, high)}}, without what the data cannot give.
     """
-    is_defect = scores.label == 1
+    order = np.argsort(-scores.logit, kind="stable")
+    logit, is_defect = scores.logit[order], scores.label[order] == 1
     defects, normals = np.flatnonzero(is_defect), np.flatnonzero(~is_defect)
     if not len(defects) or not len(normals):
-        return {}
-    p = len(defects) / len(is_defect) if prevalence is None else prevalence
-    called = scores.logit >= THRESHOLD
+        return {p: {} for p in prevalences}
+    last = np.flatnonzero(np.append(logit[1:] != logit[:-1], True))  # of each distinct logit
+    called = logit >= THRESHOLD
+    # float32 sums of whole numbers are exact below 2^24, and a matrix product of them is fast.
+    classes = scores.classes[order][defects].astype(np.float32)
     rng = keyed_rng(BOOTSTRAP, seed)
-    found = {name: [] for name in (*OF_RATES, "auroc")}
-    order = np.argsort(scores.logit, kind="stable")
-    ties = np.unique(scores.logit[order], return_inverse=True)[1]
+    found = {p: {} for p in prevalences}
     for _ in range(draws):
-        weight = np.bincount(rng.choice(defects, len(defects)), minlength=len(is_defect))
-        weight += np.bincount(rng.choice(normals, len(normals)), minlength=len(is_defect))
-        for name, value in _from_rates(scores, is_defect, called, weight, p).items():
-            found[name].append(value)
-        positive = np.bincount(ties, (weight * is_defect)[order])
-        negative = np.bincount(ties, (weight * ~is_defect)[order])
-        below = np.cumsum(negative) - negative / 2  # ties count half
-        found["auroc"].append((positive * below).sum() / len(defects) / len(normals))
+        w_defect, w_normal = (
+            np.bincount(rng.integers(0, len(rows), len(rows)), minlength=len(rows))
+            for rows in (defects, normals)
+        )
+        weight = np.zeros((2, len(logit)), np.int64)
+        weight[0, defects], weight[1, normals] = w_defect, w_normal
+        tps, fps = np.cumsum(weight, axis=1)[:, last]
+        tp, fp = weight[:, called].sum(axis=1)
+        images = (w_defect.astype(np.float32) @ classes).astype(np.float64)
+        hits = ((w_defect * called[defects]).astype(np.float32) @ classes).astype(np.float64)
+        for p, values in found.items():
+            w = (1, 1) if p is None else (p / len(defects), (1 - p) / len(normals))
+            drawn = count_scores(
+                tp * w[0], (len(defects) - tp) * w[0], fp * w[1], (len(normals) - fp) * w[1]
+            )
+            drawn["auroc"] = area_under_roc(tps, fps)
+            drawn["average_precision"] = average_precision(tps, fps, *w)
+            if len(scores.class_names):
+                of_classes = hits * w[0], (images - hits) * w[0]
+                drawn["f2_ciw"] = ciw_f2(*of_classes, 0, scores.class_names)
+                drawn["f2_ciw_strict"] = ciw_f2(*of_classes, fp * w[1], scores.class_names)
+            for name, value in drawn.items():
+                values.setdefault(name, []).append(0.0 if value is None else value)
     return {
-        name: tuple(float(x) for x in np.percentile(values, INTERVAL))
-        for name, values in found.items()
-        if len(scores.class_names) or "ciw" not in name
+        p: {name: tuple(map(float, np.percentile(v, INTERVAL))) for name, v in values.items()}
+        for p, values in found.items()
     }
-
-
-def _from_rates(scores, is_defect, called, weight, p):
-    """OF_RATES at prevalence p, image i counted weight[i] times."""
-    tpr = (weight * (is_defect & called)).sum() / (weight * is_defect).sum()
-    fpr = (weight * (~is_defect & called)).sum() / (weight * ~is_defect).sum()
-    tp, fn, fp, tn = p * tpr, p * (1 - tpr), (1 - p) * fpr, (1 - p) * (1 - fpr)
-    values = {
-        "precision": tp / (tp + fp) if tp + fp else 0.0,
-        "recall": tpr,
-        "f1": 2 * tp / (2 * tp + fn + fp),
-        "f2": 5 * tp / (5 * tp + 4 * fn + fp),
-        "f1_normal": 2 * tn / (2 * tn + fp + fn) if tn + fp + fn else 0.0,
-    }
-    if len(scores.class_names):
-        ciw = np.array([CLASS_IMPORTANCE.get(name, 1.0) for name in scores.class_names])
-        of_defects = weight * is_defect
-        images = of_defects @ scores.classes
-        hits = (of_defects * called) @ scores.classes
-        recall = hits / np.maximum(images, 1)
-        values["f2_ciw"] = (ciw * 5 * recall / (4 + recall)).sum() / ciw.sum()
-        share = p / of_defects.sum()
-        strict = 5 * hits * share / np.maximum(share * (hits + 4 * images) + fp, 1e-300)
-        values["f2_ciw_strict"] = (ciw * strict).sum() / ciw.sum()
-    return values
 
 
 def draw_subsets(scores, prevalence, draws, seed=0):

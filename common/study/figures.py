@@ -5,20 +5,14 @@ import itertools
 import matplotlib
 import numpy as np
 
-from common.study.results import settings
-from common.study.tables import BACKBONES, MEASURES, METRICS, PREVALENCES, percent
+from common.study.results import PREVALENCES, estimate, settings
+from common.study.tables import BACKBONES, MEASURES, METRICS, measure_of, percent
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 MARKS = "osD^vPX*"
-HEATMAP_METRICS = {k: METRICS[k] for k in ("f1", "f2_ciw", "f1_normal")}
-MORE_HEATMAP_METRICS = {
-    "precision": "precision",
-    "recall": "recall",
-    "f2_ciw_strict": "F2_CIW strict",
-}
 
 
 def looks(finished):
@@ -31,7 +25,8 @@ def looks(finished):
 def heatmaps(finished, metrics):
     """Figures 2, 4 and 5: a panel a metric, training setting against validation prevalence.
 
-    finished: runs of one backbone. All panels share the scale from 0 to 100 %.
+    finished: runs of one backbone; metrics: keys of METRICS. All panels share the scale from 0 to
+    100 %.
     """
     groups = settings(finished, lambda e: (e.method, e.proportion))
     names = [f"{method} {percent(p)}" for method, p in groups]
@@ -39,16 +34,16 @@ def heatmaps(finished, metrics):
     figure, axes = plt.subplots(
         1, len(metrics), figsize=(1.8 + 3.1 * len(metrics), height), layout="constrained"
     )
-    for axis, (metric, title) in zip(np.atleast_1d(axes), metrics.items(), strict=True):
+    for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
         values = np.full((len(names), len(PREVALENCES)), np.nan)
         for i, entries in enumerate(groups.values()):
             for j, prevalence in enumerate(PREVALENCES):
-                found = [e.scores.at(prevalence)[metric] for e in entries]
+                found = [e.at(prevalence)[metric] for e in entries]
                 found = [100 * x for x in found if x is not None]
                 values[i, j] = np.mean(found) if found else np.nan
         image = axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         _write_numbers(axis, values, ".1f", 55)
-        axis.set_title(title)
+        axis.set_title(METRICS[metric])
         axis.set_xticks(range(len(PREVALENCES)), [percent(p) for p in PREVALENCES])
         axis.set_xlabel("defects in validation")
         axis.set_yticks(range(len(names)), names if axis is np.atleast_1d(axes)[0] else [])
@@ -72,27 +67,27 @@ def _separate(axis, methods):
 
 
 def prevalence_curves(finished):
-    """F1 against the prevalence of validation, one line a method; a panel a training proportion."""
-    panels = settings(finished, lambda e: (e.backbone, e.proportion))
-    backbones = list(dict.fromkeys(b for b, _ in panels))
-    proportions = list(dict.fromkeys(p for _, p in panels))
+    """F1 against the prevalence of validation, one line a method; a panel a training proportion.
+
+    Error bars at PREVALENCES: 95 % over images with one seed, else over seeds.
+    """
+    groups = settings(finished, lambda e: (e.backbone, e.proportion))
+    backbones = list(dict.fromkeys(b for b, _ in groups))
+    proportions = list(dict.fromkeys(p for _, p in groups))
     figure, axes = panels(len(backbones), len(proportions))
     grid, look = np.geomspace(0.005, 0.6, 25), looks(finished)
-    for (backbone, proportion), entries in panels.items():
+    for (backbone, proportion), entries in groups.items():
         axis = axes[backbones.index(backbone), proportions.index(proportion)]
         axis.plot(grid, 2 * grid / (1 + grid), ":", color="#999999", label="everything a defect")
-        for method, runs in settings(entries, lambda e: e.method).items():
+        for i, (method, runs) in enumerate(settings(entries, lambda e: e.method).items()):
             lines = np.array([[e.scores.at(p)["f1"] for p in grid] for e in runs], float)
-            axis.plot(grid, lines.mean(axis=0), color=look[method][0], label=method)
-            if len(runs) == 1:
-                bounds = [runs[0].intervals(p).get("f1", (np.nan, np.nan)) for p in PREVALENCES]
-                low, high = zip(*bounds, strict=True)
-            else:
-                low, high = (
-                    [f([e.scores.at(p)["f1"] for e in runs]) for p in PREVALENCES]
-                    for f in (min, max)
-                )
-            axis.fill_between(PREVALENCES, low, high, color=look[method][0], alpha=0.12, lw=0)
+            colour = look[method][0]
+            axis.plot(grid, lines.mean(axis=0), color=colour, label=method)
+            found = [(p, estimate(runs, "f1", p)) for p in PREVALENCES]
+            for p, f in found:
+                if f.low is not None:
+                    x = p * 1.03 ** (i - 3)  # side by side
+                    axis.plot([x, x], [f.low, f.high], color=colour, linewidth=0.8)
         axis.set_title(f"{BACKBONES[backbone]}, trained with {percent(proportion)}", fontsize=9)
         axis.set_xscale("log")
         axis.set_xticks(PREVALENCES, [percent(p) for p in PREVALENCES], fontsize=7)
@@ -114,7 +109,7 @@ def over_epochs(finished):
         for row, (key, name) in enumerate(keys.items()):
             axis = axes[row, backbones.index(entry.backbone)]
             x = [r["epoch"] + 1 for r in records]
-            y = [r[f"label_free_{key}"] for r in records]
+            y = [r.get(f"label_free_{key}", np.nan) for r in records]
             colour, mark = look[entry.method]
             axis.plot(x, y, color=colour, marker=mark, markersize=3, alpha=0.7, label=entry.method)
             axis.set_ylabel(name if axis in axes[:, 0] else "")
@@ -132,9 +127,8 @@ def measures_against_f1(finished):
     look = looks(finished)
     for entry in finished:
         for column, (key, name) in enumerate(keys.items()):
-            value = entry.result["label_free"].get(key)
-            for row, split in enumerate(("train", "val")):
-                f1 = (entry.val if split == "val" else entry.result[split])["f1"]
+            value = measure_of(key)(entry)
+            for row, f1 in enumerate((entry.result["train"]["f1"], entry.at()["f1"])):
                 if value is None or f1 is None:
                     continue
                 colour, mark = look[entry.method]
@@ -142,59 +136,56 @@ def measures_against_f1(finished):
                 label = f"{entry.method}, {BACKBONES[entry.backbone]}"
                 how = {"marker": mark, "facecolors": face, "edgecolors": colour, "label": label}
                 axes[row, column].scatter(value, f1, **how)
-            axes[1, column].set_xlabel(name)
+            axes[1, column].set_xlabel(name + (", share" if "rankme" in key else ""))
     axes[0, 0].set_ylabel("F1, training views")
     axes[1, 0].set_ylabel("F1, validation")
     return _with_legend(figure, axes)
 
 
-def recall_by_class(finished):
-    """Recall of each defect class in validation against its images in the training subset."""
-    backbones = list(settings(finished, lambda e: e.backbone))
-    figure, axes = panels(1, len(backbones), sharey="row", height=3.4)
+def recall_by_class(finished, rows):
+    """Recall of each defect class in validation against its images in the training subset.
+
+    rows: of tables.class_recall.
+    """
+    backbones = list(dict.fromkeys(row[0] for row in rows))
+    figure, axes = panels(1, max(len(backbones), 1), sharey="row", height=3.4)
     look = looks(finished)
-    for entry in finished:
-        scores, counts = entry.scores, entry.class_counts()
-        axis = axes[0, backbones.index(entry.backbone)]
-        called = scores.logit >= 0
-        points = [
-            (counts[name] + 1, called[scores.classes[:, c]].mean())
-            for c, name in enumerate(scores.class_names)
-            if name in counts and scores.classes[:, c].any()
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            colour, mark = look[entry.method]
-            axis.scatter(x, y, s=14, alpha=0.6, color=colour, marker=mark, label=entry.method)
+    for backbone, method, _, _, _, trained, _, recall in rows:
+        axis = axes[0, backbones.index(backbone)]
+        if trained is not None and recall is not None:
+            colour, mark = look[method]
+            how = {"s": 14, "alpha": 0.6, "color": colour, "marker": mark, "label": method}
+            axis.scatter(trained + 1, recall, **how)
         axis.set_xscale("log")
-        axis.set_title(BACKBONES[entry.backbone])
+        axis.set_title(backbone)
     _labels(axes, "images of the class in training, plus 1", "recall of the class")
     return _with_legend(figure, axes)
 
 
 def augmentation(finished):
-    """Figure 3: validation F1 by t_val and min_scale."""
-    groups = settings(
-        finished, lambda e: (e.run.cfg.augmentation.t_val, e.run.cfg.augmentation.min_scale)
-    )
-    ys, xs = sorted({t for t, _ in groups}), sorted({m for _, m in groups})
-    values = np.full((len(ys), len(xs)), np.nan)
-    for (t, m), entries in groups.items():
-        values[ys.index(t), xs.index(m)] = np.mean([e.val["f1"] or 0 for e in entries])
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
-    _write_numbers(axis, values, ".3f", (np.nanmin(values) + np.nanmax(values)) / 2)
-    axis.set_xticks(range(len(xs)), xs)
-    axis.set_yticks(range(len(ys)), ys)
-    axis.set_xlabel("min_scale: the smallest crop's share of the image")
-    axis.set_ylabel("t_val: strength of the colour jitter")
-    figure.colorbar(image, label="validation F1")
+    """Figure 3: validation F1 by t_val and min_scale; a panel a method, backbone and proportion."""
+    groups = settings(finished, lambda e: (BACKBONES[e.backbone], e.method, percent(e.proportion)))
+    figure, axes = panels(1, len(groups), height=3.6, width=5.2)
+    for axis, (name, entries) in zip(axes[0], groups.items(), strict=True):
+        aug = settings(entries, lambda e: e.run.cfg.augmentation)
+        ys, xs = (sorted({getattr(a, key) for a in aug}) for key in ("t_val", "min_scale"))
+        values = np.full((len(ys), len(xs)), np.nan)
+        for a, of in settings(entries, lambda e: e.run.cfg.augmentation).items():
+            mean = estimate(of, "f1").mean
+            values[ys.index(a.t_val), xs.index(a.min_scale)] = np.nan if mean is None else mean
+        image = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
+        _write_numbers(axis, values, ".3f", (np.nanmin(values) + np.nanmax(values)) / 2)
+        axis.set_xticks(range(len(xs)), xs)
+        axis.set_yticks(range(len(ys)), ys)
+        axis.set_title(", ".join(name), fontsize=9)
+        figure.colorbar(image, label="validation F1")
+    _labels(axes, "min_scale: smallest crop, share of the image", "t_val: strength of the jitter")
     return figure
 
 
-def panels(rows, columns, height=2.6, **how):
-    """(figure, (rows, columns) axes); height: inches a row; how: for plt.subplots."""
-    size = (1.2 + 3.0 * columns, 0.9 + height * rows)
+def panels(rows, columns, height=2.6, width=3.0, **how):
+    """(figure, (rows, columns) axes); height, width: inches of a panel; how: for plt.subplots."""
+    size = (1.2 + width * columns, 0.9 + height * rows)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
 
 

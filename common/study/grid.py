@@ -97,20 +97,14 @@ def read_grid(path, overrides=()):
 
 
 def _problems_of(overrides, groups):
-    """Sentences about axes without values, and about overrides that no group can use."""
+    """Sentences about overrides that no group can use."""
     axes = {key for group in groups for key in group.axes}
-    for group in groups:
-        for key, values in group.axes.items():
-            if not isinstance(values, list) or not values:
-                yield f"axes.{key}: expected a list of values, got {values!r}"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             yield f"override '{override}': expected section.key=value"
         elif isinstance(parse_yaml(text, override), list) and key not in axes:
             yield f"override '{override}': several values, but {key} is no axis of this grid"
-        elif parse_yaml(text, override) == []:
-            yield f"override '{override}': no value"
 
 
 def _combinations(group, overrides):
@@ -123,6 +117,9 @@ def _combinations(group, overrides):
             axes[key] = value if isinstance(value, list) else [value]
         elif not isinstance(value, list):
             given[key] = text
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"axes.{key}: expected a list of values, got {values!r}")
     for config in group.configs:
         own = group.configs[config] if isinstance(group.configs, dict) else {}
         if not isinstance(own, dict):

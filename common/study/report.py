@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.keyed import SAMPLE_IMAGES, keyed_rng
 from common.progress import Progress, say
 from common.study import figures, tables
-from common.study.results import collect, settings
+from common.study.results import collect, settings, with_variants
 from common.study.samples import samples
 
 STYLE = """
@@ -20,12 +20,13 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
 """
+ROWS_SHOWN = 60  # a longer table is folded
 NOTES = """
 The scores are of a binary decision, defect or normal. Validation scores are the {probe} probe's on
 clean images; training scores are the online probe's over the last epoch, on augmented views, while
-it learned. Other prevalences are in closed form from the rates of hits and false alarms, the
-expectation over subsets. Frames of one video are not independent, so intervals over images are too
-narrow.
+it learned. Other prevalences are in closed form from the rates of hits and false alarms: what large
+subsets tend to (F2_CIW of small ones lies lower, as a class that is not drawn counts 0). Frames of
+one video are not independent, so intervals over images are too narrow.
 """
 
 
@@ -46,7 +47,10 @@ class Page:
         table.write_latex(self.folder / f"{table.name}.tex")
         self.add_text(table.title, table.caption)
         files = f'<a href="{table.name}.csv">CSV</a> <a href="{table.name}.tex">LaTeX</a>'
-        self.parts.append(f"{table.html()}<p>{files}</p>")
+        content = table.html()
+        if len(table.rows) > ROWS_SHOWN:
+            content = f"<details><summary>{len(table.rows)} rows</summary>{content}</details>"
+        self.parts.append(f"{content}<p>{files}</p>")
 
     def add_figure(self, name, title, caption, figure):
         """NAME.png and NAME.pdf beside the page, and the picture in it."""
@@ -84,22 +88,26 @@ def write_report(runs, folder, probe="online", draws=0):
     notes = NOTES.format(probe=probe)
     page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
 
-    def of(*groups):
-        return [e for e in finished if set(groups) & set(e.run.groups)]
+    def of(group):
+        return [e for e in finished if group in e.run.groups]
 
-    main = of("methods", "random")
-    steps = list(_main_steps(page, main, probe, draws)) if main else []
-    if of("resolution"):
-        steps.append(lambda: page.add_table(tables.resolution(of("resolution"))))
-    if of("augmentation"):
+    ablations = of("resolution"), of("augmentation")
+    main = [e for e in finished if set(e.run.groups) - {"resolution", "augmentation"}]
+    steps = list(_main_steps(page, with_variants(main), probe, draws)) if main else []
+    if ablations[0]:
+        sizes = with_variants(ablations[0], but=["data.image_size"])
+        steps.append(lambda: page.add_table(tables.resolution(sizes)))
+    if ablations[1]:
         how = "fig3_augmentation", "Figure 3: augmentation"
-        caption = "Validation F1 of the supervised ResNet-18. The scale is the figure's own."
-        steps.append(
-            lambda: page.add_figure(*how, caption, figures.augmentation(of("augmentation")))
-        )
+        caption = f"Validation F1 by the {probe} probe. The scale is the panel's own."
+        views = with_variants(ablations[1], but=["augmentation.t_val", "augmentation.min_scale"])
+        steps.append(lambda: page.add_figure(*how, caption, figures.augmentation(views)))
     progress = Progress(len(steps), "report", "parts")
     for step in steps:
-        step()
+        try:
+            step()
+        except UserError as error:  # of the images or annotations: they may be elsewhere
+            page.add_text("A part that could not be made", str(error))
         progress.update()
     progress.close()
     if missing:
@@ -115,13 +123,13 @@ def write_report(runs, folder, probe="online", draws=0):
 
 def _main_steps(page, main, probe, draws):
     """One call a part of the page about methods, proportions and backbones."""
-    yield lambda: page.add_table(tables.performance(main, "val"))
-    yield lambda: page.add_table(tables.performance(main, "train"))
+    for split in ("val", "train"):
+        yield lambda s=split: page.add_table(tables.performance(main, s))
     for backbone, entries in settings(main, lambda e: e.backbone).items():
         name = tables.BACKBONES[backbone]
         for part, metrics in (
-            ("", figures.HEATMAP_METRICS),
-            ("_more", figures.MORE_HEATMAP_METRICS),
+            ("", tables.OF_FIGURE_2),
+            ("_more", ("precision", "recall", "f2_ciw_strict")),
         ):
             yield lambda e=entries, b=backbone, n=name, p=part, m=metrics: page.add_figure(
                 f"heatmap_{b}{p}",
@@ -133,10 +141,11 @@ def _main_steps(page, main, probe, draws):
     yield lambda: page.add_figure(
         "f1_by_prevalence",
         "F1 by prevalence",
-        f"The {probe} probe on clean validation images. Bands: 95 % over images with one seed, "
-        "else from the lowest to the highest seed.",
+        f"The {probe} probe on clean validation images. Upright lines: 95 % intervals, over seeds "
+        "(t), or with one seed over images.",
         figures.prevalence_curves(main),
     )
+    yield lambda: page.add_table(tables.matrix(main))
     if draws:
         yield lambda: page.add_table(tables.subsets(main, draws))
     yield lambda: page.add_figure(
@@ -153,13 +162,15 @@ def _main_steps(page, main, probe, draws):
         figures.measures_against_f1(main),
     )
     yield lambda: page.add_table(tables.measures(main))
+    classes = tables.class_recall(main)
     yield lambda: page.add_figure(
         "recall_by_class",
         "Recall by defect class",
         f"The {probe} probe on clean validation images, a point a class and run, against the "
         "images of that class in the run's training subset.",
-        figures.recall_by_class(main),
+        figures.recall_by_class(main, classes.rows),
     )
+    yield lambda: page.add_table(classes)
     yield lambda: page.add_figure(
         "samples",
         "Sample images by defect class",

@@ -1,6 +1,7 @@
 """What the runs of a grid left: read, matched with the paper's values, and summed up over seeds."""
 
 import csv
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.annotations import DEFECT
+from common.config import identity
 from common.errors import UserError
 from common.run_folder import RESULT, read_json
 from common.run_log import LOG, read_log
@@ -15,8 +18,10 @@ from common.study.evaluate import intervals, load_scores
 from common.study.grid import GridRun, state, training_subset
 
 PAPER = Path(__file__).with_name("paper_values.csv")
-# Of the t distribution with 1, 2, ... degrees of freedom, 97.5 %; the normal's from 10 on.
-T_VALUES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)  # of validation
+DRAWS = 100  # of the bootstrap
+# Of the t distribution with 1, 2, ... degrees of freedom, 97.5 %.
+T_VALUES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, eq=False)  # each its own: results are found by identity
@@ -26,16 +31,12 @@ class Finished:
     run: GridRun
     result: dict
     probe: str  # online | offline: whose validation scores these are
-
-    @property
-    def val(self):
-        """Validation scores of the chosen probe."""
-        return self.result["val" if self.probe == "online" else "val_offline"]
+    variant: str = ""  # what sets it apart from others of its method, backbone and proportion
 
     @property
     def method(self):
-        """As in its result: `random` for a frozen encoder."""
-        return self.result["method"]
+        """As in its result (`random` for a frozen encoder), with what sets it apart."""
+        return ", ".join(filter(None, (self.result["method"], self.variant)))
 
     @property
     def backbone(self):
@@ -50,10 +51,21 @@ class Finished:
         """StoredScores of the chosen probe."""
         return load_scores(self.run.folder, self.probe)
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019 (as many as there are prevalences, a run)
-    def intervals(self, prevalence=None):
-        """95 % intervals of the validation scores, over images."""
-        return intervals(self.scores, prevalence, draws=100)
+    @functools.cached_property
+    def _intervals(self):
+        return intervals(self.scores, (None, *PREVALENCES), draws=DRAWS)
+
+    @functools.cached_property
+    def _at(self):
+        return {p: self.scores.at(p) for p in (None, *PREVALENCES)}
+
+    def at(self, prevalence=None):
+        """Validation scores of the chosen probe at one of PREVALENCES, or as the data are."""
+        return self._at[prevalence]
+
+    def interval(self, metric, prevalence=None):
+        """95 % interval over images of such a score, or (None, None)."""
+        return self._intervals[prevalence].get(metric, (None, None))
 
     def epochs(self):
         """Records of its log, one an epoch, that have a validation."""
@@ -61,31 +73,55 @@ class Finished:
         return [r for r in log if r["kind"] == "epoch" and "label_free_n" in r]
 
     def class_counts(self):
-        """{class: images in its training subset}, or {} where the annotations are not there."""
+        """{class: defects of it in its training subset}, {} where its images are not known."""
         try:
             train, rows = training_subset(self.run)
         except UserError:
             return {}
-        return dict(zip(train.class_names, train.classes[rows].sum(axis=0).tolist(), strict=True))
+        counts = train.classes[rows[train.defect[rows] == DEFECT]].sum(axis=0)
+        return dict(zip(train.class_names, counts.tolist(), strict=True))
 
 
 def collect(runs, probe="online"):
     """GridRuns -> (list of Finished, {name: why it is not there}). probe: online | offline."""
     finished, missing = [], {}
     for run in runs:
-        result, (at, why) = read_json(run.folder / RESULT), state(run)
-        if at == "finished" and result and "val" in result:
-            try:
-                entry = Finished(run, result, probe)
-                _ = entry.scores
-                finished.append(entry)
-            except UserError as error:
-                missing[run.name] = str(error)
-        elif at == "finished":
-            missing[run.name] = f"{run.folder / RESULT} is damaged"
-        else:
+        at, why = state(run)
+        if at != "finished":
             missing[run.name] = at + (f": {why}" if why else "")
+            continue
+        try:
+            entry = Finished(run, read_json(run.folder / RESULT) or {}, probe)
+            _ = entry.scores, entry.epochs(), entry.method, entry.backbone, entry.proportion
+            _ = [entry.result[key]["f1"] for key in ("train", "val", "val_offline")]
+            _ = entry.result["label_free"], entry.result["seconds"], entry.result["epochs"]
+            finished.append(entry)
+        except UserError as error:
+            missing[run.name] = str(error)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            missing[run.name] = f"{run.folder} is damaged ({type(error).__name__}: {error})"
     return finished, missing
+
+
+def with_variants(finished, but=()):
+    """The same, told apart where runs of one method, backbone and proportion differ in more than
+    the seed. but: keys (`section.key`) that may differ."""
+    told = []
+    for entries in settings(finished, lambda e: (e.method, e.backbone, e.proportion)).values():
+        flat = [_flat(identity(e.run.cfg, with_paths=False)) for e in entries]
+        keys = [k for k in flat[0] if k not in ("seed", *but) and len({f[k] for f in flat}) > 1]
+        for entry, values in zip(entries, flat, strict=True):
+            variant = ", ".join(f"{key}={values[key]}" for key in keys)
+            told.append(dataclasses.replace(entry, variant=variant))
+    return told
+
+
+def _flat(values, path=""):
+    """Nested dicts -> {section.key: value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
 
 
 @functools.cache
@@ -120,22 +156,30 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def estimate(entries, metric, split="val"):
+def estimate(entries, metric, prevalence=None, split="val"):
     """Mean over seeds with a 95 % interval: over seeds by t, or, with one seed, over images.
 
-    entries: Finished runs that differ in the seed only. split: train | val (the chosen probe's).
+    entries: Finished runs that differ in the seed only. split: val (the chosen probe, at a
+    prevalence or as the data are) | train (which has an interval over seeds only).
     """
-    values = [(e.val if split == "val" else e.result[split])[metric] for e in entries]
-    values = [v for v in values if v is not None]
-    if not values:
+    scores = [e.at(prevalence) if split == "val" else e.result[split] for e in entries]
+    known = [(e, s[metric]) for e, s in zip(entries, scores, strict=True) if s[metric] is not None]
+    if not known:
         return Estimate(None, None, None, 0)
-    mean, n = float(np.mean(values)), len(values)
+    values, n = [v for _, v in known], len(known)
+    mean = float(np.mean(values))
     if n > 1:
-        t = T_VALUES[n - 2] if n - 2 < len(T_VALUES) else 1.96
+        t = T_VALUES[n - 2] if n - 2 < len(T_VALUES) else 1.96 + 2.4 / (n - 1)
         half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
         return Estimate(mean, mean - half, mean + half, n)
-    found = entries[0].intervals().get(metric) if split == "val" else None
-    return Estimate(mean, *(found or (None, None)), n)
+    low, high = known[0][0].interval(metric, prevalence) if split == "val" else (None, None)
+    return Estimate(mean, low, high, n)
+
+
+def beside(ours, theirs):
+    """[ours, the paper's value, the difference]. ours: an Estimate; theirs: a number or None."""
+    known = ours.mean is not None and theirs is not None
+    return [ours, theirs, ours.mean - theirs if known else None]
 
 
 def settings(finished, key):
@@ -172,7 +216,7 @@ def kendall(x, y):
 
 
 def regret(measure, score):
-    """How much score is lost by picking the run with the highest measure; None without runs."""
-    if not len(score):
+    """How much score is lost by picking the run with the highest measure; None without a choice."""
+    if len(score) < 2:
         return None
     return float(np.max(score) - np.asarray(score)[int(np.argmax(measure))])

@@ -10,20 +10,22 @@ from common.progress import say
 from common.study.grid import state
 from common.study.launch import LOGS
 
-SECONDS_TO_SAVE = 120  # before the time limit Slurm asks the run to stop
+SECONDS_TO_SAVE = (
+    600  # a run in validation saves after it; before the time limit Slurm asks the run to stop
+)
 
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={job}
 #SBATCH --array=0-{last}%{jobs}
-#SBATCH --output={logs}/slurm_%A_%a.log
+#SBATCH --output="{logs}/slurm_%A_%a.log"
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@{grace}
 names=({names})
 cd {here} || exit 1
+trap '[ -z "$child" ] || kill -TERM $child' TERM
 {command} --only "${{names[$SLURM_ARRAY_TASK_ID]}}" &
 child=$!
-trap 'kill -TERM $child' TERM
 wait $child
 code=$?
 while kill -0 $child 2>/dev/null; do  # a signal ended the wait, not the run: it is saving
@@ -55,7 +57,7 @@ def submit(runs, jobs, command, extra):
             job="grid",
             last=len(left) - 1,
             jobs=jobs,
-            logs=logs,
+            logs=str(logs).replace("%", "%%"),
             grace=SECONDS_TO_SAVE,
             names=" ".join(shlex.quote(run.name) for run in left),
             here=shlex.quote(str(Path.cwd())),

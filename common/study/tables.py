@@ -2,9 +2,13 @@
 
 import numpy as np
 
-from common.metrics import f2_ciw, f2_ciw_strict
+from common.annotations import DEFECT
+from common.metrics import all_scores
 from common.study.evaluate import draw_subsets
 from common.study.results import (
+    PREVALENCES,
+    Estimate,
+    beside,
     estimate,
     kendall,
     paper_values,
@@ -24,8 +28,9 @@ METRICS = {  # key: name in print
     "auroc": "AUROC",
     "average_precision": "average precision",
 }
+OF_FIGURE_2 = ("f1", "f2_ciw", "f1_normal")
+OF_TABLES = (*OF_FIGURE_2, "precision", "recall")
 BACKBONES = {"resnet18": "ResNet-18", "vit_tiny": "ViT-Tiny"}
-PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)
 MEASURES = {  # label-free, key in result.json's label_free: name in print
     "rankme_embeddings": "RankMe of embeddings",
     "rankme_embeddings_centred": "RankMe of embeddings, centred",
@@ -34,6 +39,7 @@ MEASURES = {  # label-free, key in result.json's label_free: name in print
     "std_embeddings": "std of embeddings",
     "std_features": "std of features",
 }
+SETTING = ("backbone", "method", "defects in training")
 
 
 def percent(proportion):
@@ -46,111 +52,80 @@ def setting(entry):
     return entry.backbone, entry.method, entry.proportion
 
 
+def _in_print(backbone, method, proportion):
+    return [BACKBONES[backbone], method, percent(proportion)]
+
+
+def _header(metrics, of_paper):
+    """Names of columns: each metric's and, where the paper has it, its value's and difference's."""
+    for metric in metrics:
+        name = METRICS[metric]
+        yield name
+        if metric in of_paper:
+            yield from (f"{name}, paper", f"{name}, difference")
+
+
 def performance(finished, split):
     """Tables 1, 3 and 4: every score of a split beside the paper's. split: train | val."""
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
-        row = [BACKBONES[backbone], method, percent(proportion), len(entries)]
+        row = [*_in_print(backbone, method, proportion), len(entries)]
+        # The paper's MAE was a random ViT: it stands beside that, too.
+        theirs = "mae" if (backbone, method) == ("vit_tiny", "random") else method
         for metric in METRICS:
-            ours = estimate(entries, metric, split)
-            key = ("tables 3 and 4", backbone, method, split, metric, proportion, None)
-            theirs = paper.get(key)
-            row.append(ours)
-            if metric in ("f1", "f2_ciw", "f1_normal", "precision", "recall"):
-                known = ours.mean is not None and theirs is not None
-                row += [theirs, ours.mean - theirs if known else None]
+            ours = estimate(entries, metric, split=split)
+            key = ("tables 3 and 4", backbone, theirs, split, metric, proportion, None)
+            row += beside(ours, paper.get(key)) if metric in OF_TABLES else [ours]
         rows.append(row)
     if split == "val":
-        rows += _everything_a_defect(finished)
-    header = ["backbone", "method", "defects in training", "seeds"]
-    for metric, name in METRICS.items():
-        header.append(name)
-        if metric in ("f1", "f2_ciw", "f1_normal", "precision", "recall"):
-            header += [f"{name}, paper", "difference"]
-    where = {
-        "train": "the online probe over the last epoch, on augmented views, as it learned",
+        rows.append(_everything_a_defect(finished))
+    what = {
+        "train": "the online probe over the last epoch, on augmented views, as it learned. In "
+        "brackets 95 % intervals over seeds, where there are several",
         "val": f"the {finished[0].probe} probe on clean validation images, all of them; the "
-        "paper's validation is the online probe's, on augmented views",
+        "paper's are the online probe's, on augmented views. In brackets 95 % intervals: over "
+        "seeds (t), or with one seed over images (bootstrap)",
     }[split]
     return Table(
         f"performance_{split}",
         {"train": "Tables 3 and 4, training", "val": "Tables 1, 3 and 4, validation"}[split],
-        f"Scores of {where}. In brackets 95 % intervals: over seeds (t), or with one seed over "
-        "images (bootstrap). Scores are binary, defect or normal: easier than, and not comparable "
+        f"Scores of {what}. The paper's MAE never got a gradient, so its values stand beside the "
+        "random ViT's too. Scores are binary, defect or normal: easier than, and not comparable "
         "with, the 17-class benchmark of Sewer-ML.",
-        tuple(header),
+        (*SETTING, "seeds", *_header(METRICS, OF_TABLES)),
         rows,
     )
 
 
 def _everything_a_defect(finished):
     """The floor: the scores of calling every validation image a defect."""
-    scores = finished[0].scores
-    share = float(scores.label.mean())
-    called = np.ones(len(scores.label), bool)
-    how = scores.classes, scores.class_names
-    is_defect = scores.label == 1
-    values = {
-        "f1": 2 * share / (1 + share),
-        "f2_ciw": f2_ciw(called[is_defect], scores.classes[is_defect], scores.class_names),
-        "f2_ciw_strict": f2_ciw_strict(called, *how, scores.label),
-        "f1_normal": 0.0,
-        "precision": share,
-        "recall": 1.0,
-        "auroc": 0.5,
-        "average_precision": share,
-    }
+    stored = finished[0].scores
+    how = stored.label, stored.classes, stored.class_names
+    scores = all_scores(np.ones(len(stored.label)), *how)
     row = ["", "everything a defect", "", ""]
     for metric in METRICS:
-        row.append(values[metric])
-        if metric in ("f1", "f2_ciw", "f1_normal", "precision", "recall"):
-            row += [None, None]
-    return [row]
+        floor = Estimate(scores[metric], None, None, 0)
+        row += beside(floor, None) if metric in OF_TABLES else [floor]
+    return row
 
 
-def resolution(finished):
-    """Table 2: validation F1 by image size, supervised, resize only."""
+def matrix(finished):
+    """Figures 2, 4 and 5 as numbers: every score at every validation prevalence."""
     rows, paper = [], paper_values()
-    groups = settings(finished, lambda e: (e.backbone, e.run.cfg.data.image_size))
-    for (backbone, size), entries in sorted(groups.items()):
-        ours = estimate(entries, "f1")
-        theirs = paper.get(("table 2", backbone, "supervised", "val", "f1", None, float(size)))
-        known = ours.mean is not None and theirs is not None
-        seconds = float(np.mean([e.result["seconds"] / e.result["epochs"] for e in entries]))
-        difference = ours.mean - theirs if known else None
-        minutes = f"{seconds / 60:.2g}"
-        rows.append([BACKBONES[backbone], size, ours, theirs, difference, minutes])
+    for (backbone, method, proportion), entries in settings(finished, setting).items():
+        for p in PREVALENCES:
+            row = [*_in_print(backbone, method, proportion), percent(p), len(entries)]
+            for metric in METRICS:
+                ours = estimate(entries, metric, p)
+                theirs = paper.get(("figure 2", backbone, method, "val", metric, proportion, p))
+                row += beside(ours, theirs) if metric in OF_FIGURE_2 else [ours]
+            rows.append(row)
     return Table(
-        "resolution",
-        "Table 2: image size",
-        "Validation F1 of the supervised baseline by image size, resized and not augmented.",
-        ("backbone", "pixels", "F1", "F1, paper", "difference", "minutes an epoch"),
-        rows,
-    )
-
-
-def measures(finished, score="f1"):
-    """How well each label-free measure tells good runs from bad: rank correlation and regret.
-
-    Within each method and backbone (whose runs differ in proportion and seed), and over all runs.
-    """
-    groups = {("all", "all"): finished}
-    groups |= settings(finished, lambda e: (e.backbone, e.method))
-    rows = []
-    for (backbone, method), entries in groups.items():
-        for key, name in MEASURES.items():
-            pairs = [(e.result["label_free"].get(key), e.val[score]) for e in entries]
-            pairs = [p for p in pairs if None not in p]
-            x, y = zip(*pairs, strict=True) if pairs else ((), ())
-            row = [BACKBONES.get(backbone, backbone), method, name, len(x)]
-            rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
-    return Table(
-        "label_free",
-        "Label-free measures against validation F1",
-        "Rank correlation over runs of each measure, on clean validation images, with validation "
-        "F1, and the F1 that is lost by picking the run with the highest measure. Fewer than three "
-        "runs give no correlation.",
-        ("backbone", "method", "measure", "runs", "Spearman", "Kendall", "regret"),
+        "matrix",
+        "Training against validation proportion, in numbers",
+        f"The {finished[0].probe} probe on clean validation images, in closed form, beside Figure "
+        "2. In brackets 95 % intervals: over seeds (t), or with one seed over images.",
+        (*SETTING, "defects in validation", "seeds", *_header(METRICS, OF_FIGURE_2)),
         rows,
     )
 
@@ -161,19 +136,18 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
     Of each setting's first seed. draws: subsets a row; mean and standard deviation over them.
     """
     rows = []
-    for (backbone, method, proportion), entries in settings(finished, setting).items():
-        for prevalence in PREVALENCES:
-            row = [BACKBONES[backbone], method, percent(proportion), percent(prevalence)]
-            exact = entries[0].scores.at(prevalence)
-            drawn = draw_subsets(entries[0].scores, prevalence, draws)
+    for key, entries in settings(finished, setting).items():
+        for p in PREVALENCES:
+            row = [*_in_print(*key), percent(p)]
+            exact, drawn = entries[0].at(p), draw_subsets(entries[0].scores, p, draws)
             for metric in metrics:
                 known = drawn[metric][~np.isnan(drawn[metric])]
                 spread = [float(known.mean()), float(known.std())] if len(known) else [None, None]
                 row += [exact[metric], *spread]
             rows.append(row)
-    header = ["backbone", "method", "defects in training", "defects in validation"]
-    for metric in metrics:
-        header += [METRICS[metric], "drawn, mean", "drawn, std"]
+    header = [*SETTING, "defects in validation"]
+    for name in map(METRICS.get, metrics):
+        header += [name, f"{name}, mean of draws", f"{name}, std of draws"]
     return Table(
         "subsets",
         "Closed form and drawn subsets",
@@ -182,5 +156,92 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
         "chance. F2_CIW of small subsets is biased: a class without an image in the draw counts "
         "as a class of which nothing is found.",
         tuple(header),
+        rows,
+    )
+
+
+def resolution(finished):
+    """Table 2: validation F1 by image size, supervised, resize only."""
+    rows, paper = [], paper_values()
+    groups = settings(finished, lambda e: (*setting(e), e.run.cfg.data.image_size))
+    for (backbone, method, proportion, size), entries in sorted(groups.items(), key=str):
+        theirs = paper.get(("table 2", backbone, method, "val", "f1", None, float(size)))
+        minutes = np.mean([e.result["seconds"] / e.result["epochs"] for e in entries]) / 60
+        ours = beside(estimate(entries, "f1"), theirs)
+        rows.append([*_in_print(backbone, method, proportion), size, *ours, f"{minutes:.1f}"])
+    rows.sort(key=lambda row: (*row[:3], row[3]))
+    return Table(
+        "resolution",
+        "Table 2: image size",
+        f"Validation F1 of the supervised baseline by image size, resized and not augmented, by "
+        f"the {finished[0].probe} probe. Minutes are of the whole run, validation included.",
+        (*SETTING, "pixels", "F1", "F1, paper", "F1, difference", "minutes an epoch"),
+        rows,
+    )
+
+
+def measures(finished):
+    """How well each label-free measure tells good runs from bad: rank correlation and regret.
+
+    Within each method and backbone (whose runs differ in proportion and seed), and over all trained
+    runs. RankMe is divided by the largest that its matrix could have, so that embeddings of
+    different widths can be pooled.
+    """
+    trained = [e for e in finished if e.result["method"] != "random"]
+    groups = {("all", "all trained"): trained}
+    groups |= settings(finished, lambda e: (e.backbone, e.method))
+    rows = []
+    for (backbone, method), entries in groups.items():
+        for key, name in MEASURES.items():
+            for split in ("train", "val"):
+                f1 = [e.at()["f1"] if split == "val" else e.result[split]["f1"] for e in entries]
+                pairs = zip(map(measure_of(key), entries), f1, strict=True)
+                pairs = [pair for pair in pairs if None not in pair]
+                x, y = zip(*pairs, strict=True) if pairs else ((), ())
+                row = [BACKBONES.get(backbone, backbone), method, name, split, len(x)]
+                rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
+    return Table(
+        "label_free",
+        "Label-free measures against F1",
+        "Rank correlation over runs of each measure, on clean validation images, with F1 on "
+        f"training views (the online probe's) and on validation (the {finished[0].probe} probe's), "
+        "and the F1 that is lost by picking the run with the highest measure. Over all runs RankMe "
+        "counts as a share of its largest value. Embeddings are the projector's output; supervised "
+        "and MAE, which have none, have their features there. Fewer than three runs give no "
+        "correlation.",
+        ("backbone", "method", "measure", "F1 of", "runs", "Spearman", "Kendall", "regret"),
+        rows,
+    )
+
+
+def measure_of(key):
+    """A function Finished -> that measure; RankMe as a share of the largest it could be."""
+    of = key.removesuffix("_centred")
+
+    def value(entry):
+        label_free = entry.result["label_free"]
+        if not key.startswith("rankme") or label_free.get(key) is None:
+            return label_free.get(key)
+        return label_free[key] / label_free[f"{of}_largest"]
+
+    return value
+
+
+def class_recall(finished):
+    """Recall of each defect class beside its images in training; a row a run and class."""
+    rows = []
+    for entry in finished:
+        scores, counts = entry.scores, entry.class_counts()
+        called, is_defect = scores.logit >= 0, scores.label == DEFECT
+        for c, name in enumerate(scores.class_names):
+            of = scores.classes[:, c] & is_defect
+            recall = float(called[of].mean()) if of.any() else None
+            where = [*_in_print(*setting(entry)), entry.result["seed"], name]
+            rows.append([*where, counts.get(name), int(of.sum()), recall])
+    return Table(
+        "class_recall",
+        "Recall by defect class, in numbers",
+        f"The {finished[0].probe} probe on clean validation images.",
+        (*SETTING, "seed", "class", "in training", "in validation", "recall"),
         rows,
     )
