@@ -10,9 +10,7 @@ from common.progress import say
 from common.study.grid import state
 from common.study.launch import LOGS
 
-SECONDS_TO_SAVE = (
-    600  # a run in validation saves after it; before the time limit Slurm asks the run to stop
-)
+SECONDS_TO_SAVE = 600  # before the time limit Slurm asks: a run in validation saves after it
 
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={job}
