@@ -92,7 +92,7 @@ def main(argv=None):
     try:
         runs = read_grid(args.grid, args.overrides)
         {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(f"error: {error}")
         sys.exit(2)
 

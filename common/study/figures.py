@@ -22,6 +22,13 @@ def looks(finished):
     return dict(zip(methods, pairs, strict=False))
 
 
+def shades(finished):
+    """{proportion in print: opacity}, the more defects in training the stronger."""
+    proportions = sorted({e.proportion for e in finished}, key=lambda p: 1 if p is None else p)
+    opacity = np.linspace(1, 0.35, len(proportions))[::-1]
+    return dict(zip(map(percent, proportions), opacity, strict=True))
+
+
 def heatmaps(finished, metrics):
     """Figures 2, 4 and 5: a panel a metric, training setting against validation prevalence.
 
@@ -103,7 +110,7 @@ def over_epochs(finished):
     keys |= {f"{m}_{k}": f"{m} of {k}" for k in ("features", "embeddings") for m in ("mean", "std")}
     backbones = list(settings(finished, lambda e: e.backbone))
     figure, axes = panels(len(keys), len(backbones), sharex="col", sharey="row")
-    look = looks(finished)
+    look, shade = looks(finished), shades(finished)
     for entry in finished:
         records = entry.epochs()
         for row, (key, name) in enumerate(keys.items()):
@@ -111,7 +118,8 @@ def over_epochs(finished):
             x = [r["epoch"] + 1 for r in records]
             y = [r.get(f"label_free_{key}", np.nan) for r in records]
             colour, mark = look[entry.method]
-            axis.plot(x, y, color=colour, marker=mark, markersize=3, alpha=0.7, label=entry.method)
+            how = {"color": colour, "marker": mark, "markersize": 3, "label": entry.method}
+            axis.plot(x, y, alpha=shade[percent(entry.proportion)], **how)
             axis.set_ylabel(name if axis in axes[:, 0] else "")
             axis.set_title(BACKBONES[entry.backbone] if row == 0 else "")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -149,13 +157,13 @@ def recall_by_class(finished, rows):
     """
     backbones = list(dict.fromkeys(row[0] for row in rows))
     figure, axes = panels(1, max(len(backbones), 1), sharey="row", height=3.4)
-    look = looks(finished)
-    for backbone, method, _, _, _, trained, _, recall in rows:
+    look, shade = looks(finished), shades(finished)
+    for backbone, method, proportion, _, _, trained, _, recall in rows:
         axis = axes[0, backbones.index(backbone)]
         if trained is not None and recall is not None:
             colour, mark = look[method]
-            how = {"s": 14, "alpha": 0.6, "color": colour, "marker": mark, "label": method}
-            axis.scatter(trained + 1, recall, **how)
+            how = {"s": 14, "color": colour, "marker": mark, "label": method}
+            axis.scatter(trained + 1, recall, alpha=shade[proportion], **how)
         axis.set_xscale("log")
         axis.set_title(backbone)
     _labels(axes, "images of the class in training, plus 1", "recall of the class")
@@ -203,5 +211,8 @@ def _with_legend(figure, axes):
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     columns = max(2, min(6, int(figure.get_size_inches()[0] / 1.6)))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
+    how = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
+    legend = figure.legend(handles.values(), handles, **how)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
     return figure

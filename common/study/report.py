@@ -151,7 +151,8 @@ def _main_steps(page, main, probe, draws):
     yield lambda: page.add_figure(
         "label_free_over_epochs",
         "Label-free measures over epochs",
-        "Figures 6 to 8, on clean validation images in eval mode; one line a run.",
+        "Figures 6 to 8, on clean validation images in eval mode; one line a run, the stronger the "
+        "more defects were in its training. Embeddings after L2 normalisation, times sqrt(K).",
         figures.over_epochs(main),
     )
     yield lambda: page.add_figure(
@@ -167,7 +168,7 @@ def _main_steps(page, main, probe, draws):
         "recall_by_class",
         "Recall by defect class",
         f"The {probe} probe on clean validation images, a point a class and run, against the "
-        "images of that class in the run's training subset.",
+        "images of that class in the run's training subset; the stronger the more defects in it.",
         figures.recall_by_class(main, classes.rows),
     )
     yield lambda: page.add_table(classes)
