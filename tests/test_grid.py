@@ -16,6 +16,7 @@ from small import HEAD
 from common.errors import ConfigError
 from common.run_folder import read_json, write_json
 from common.study import launch
+from common.study.__main__ import main
 from common.study.cost import TimeLeft, cost_key
 from common.study.grid import read_grid, state
 from common.study.launch import log_path
@@ -297,3 +298,14 @@ def test_runs_that_cannot_be_told_apart_are_refused(tmp_path):
     for axis in (42, [], "text"):
         with pytest.raises(ConfigError, match="axes.seed: expected a list"):
             read_grid(write_grid(tmp_path / "g.yaml", a=group(axes={"seed": axis})))
+
+
+def test_only_some_runs_by_a_pattern(capsys):
+    main(["plan", "--only", "simclr_resnet18_*", "--only", "mae_*_p45_*", "seed=[1, 2]"])
+    said = capsys.readouterr().out
+    assert "# 12 runs; 12 left" in said and said.count("mae.py --config") == 2
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--only", "nothing_*"])
+    assert end.value.code == 2 and "no such run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--jobs", "0"])

@@ -1,6 +1,7 @@
 """What run_grid.sh calls: plan, run, status and report of a grid."""
 
 import argparse
+import fnmatch
 import shlex
 import sys
 from collections import Counter
@@ -42,11 +43,6 @@ def status(runs, args):
 
 def run(runs, args):
     """Start what is not finished. Exits with the launcher's code."""
-    if args.only:
-        unknown = set(args.only) - {r.name for r in runs}
-        if unknown:
-            raise UserError(f"--only {', '.join(sorted(unknown))}: no such run in this grid")
-        runs = [r for r in runs if r.name in args.only]
     if args.launcher == "slurm":
         again = ["./run_grid.sh", "run", "--grid", args.grid, "--nproc", str(args.nproc)]
         submit(runs, args.jobs, [*again, *args.overrides], shlex.split(args.sbatch))
@@ -78,7 +74,9 @@ def main(argv=None):
     parser.add_argument(
         "--sbatch", default="", metavar="WORDS", help="for sbatch: --sbatch='--gres=gpu:1'"
     )
-    parser.add_argument("--only", action="append", metavar="NAME", help="run: this one; repeatable")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="only these runs: 'simclr_*'; repeatable"
+    )
     parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
     parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")
     parser.add_argument(
@@ -91,6 +89,10 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     try:
         runs = read_grid(args.grid, args.overrides)
+        if args.only:
+            runs = [r for r in runs if any(fnmatch.fnmatch(r.name, o) for o in args.only)]
+        if not runs:
+            raise UserError(f"{args.grid}: no such run in this grid: {args.only}")
         {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)
     except (UserError, OSError) as error:
         say(f"error: {error}")
