@@ -109,9 +109,9 @@ def with_variants(finished, but=()):
     told = []
     for entries in settings(finished, lambda e: (e.method, e.backbone, e.proportion)).values():
         flat = [_flat(identity(e.run.cfg, with_paths=False)) for e in entries]
-        keys = [k for k in flat[0] if k not in ("seed", *but) and len({f[k] for f in flat}) > 1]
+        keys = [k for k in flat[0] if k not in ("seed", *but) and len({f.get(k) for f in flat}) > 1]
         for entry, values in zip(entries, flat, strict=True):
-            variant = ", ".join(f"{key}={values[key]}" for key in keys)
+            variant = ", ".join(f"{key}={values.get(key)}" for key in keys)
             told.append(dataclasses.replace(entry, variant=variant))
     return told
 
