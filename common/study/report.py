@@ -20,7 +20,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
 """
-ROWS_SHOWN = 60  # a longer table is folded
+MOST_ROWS, FIRST_ROWS = 60, 12  # of a longer table the first are shown, and all folded away
 NOTES = """
 The scores are of a binary decision, defect or normal. Validation scores are the {probe} probe's on
 clean images; training scores are the online probe's over the last epoch, on augmented views, while
@@ -48,8 +48,9 @@ class Page:
         self.add_text(table.title, table.caption)
         files = f'<a href="{table.name}.csv">CSV</a> <a href="{table.name}.tex">LaTeX</a>'
         content = table.html()
-        if len(table.rows) > ROWS_SHOWN:
-            content = f"<details><summary>{len(table.rows)} rows</summary>{content}</details>"
+        if len(table.rows) > MOST_ROWS:
+            content = f"<details><summary>all {len(table.rows)} rows</summary>{content}</details>"
+            content = table.html(FIRST_ROWS) + content
         self.parts.append(f"{content}<p>{files}</p>")
 
     def add_figure(self, name, title, caption, figure):

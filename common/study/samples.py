@@ -14,11 +14,12 @@ from common.study.figures import panels
 def samples(data, rng_of):
     """Table 5: an image a class from training (above) and from validation (below).
 
-    data: the data section of a config. rng_of: class number -> generator that chooses. A class
-    without an image, or an image that cannot be read, leaves a gap.
+    data: the data section of a config. rng_of: class number -> generator that chooses. A split
+    without an image of the class, or an image that cannot be read, leaves a gap.
     """
     splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
     names, root = ("normal", *splits[1].class_names), os.path.realpath(data.image_root)
+    names = [name for name in names if any(map(len, _of_class(splits, name)))]
     across = min(6, len(names))
     figure, axes = panels(-(-len(names) // across) * 2, across, height=1.9)
     for axis in axes.flat:

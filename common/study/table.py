@@ -57,12 +57,12 @@ class Table:
         ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def html(self):
-        """A table that scrolls sideways in its own frame."""
+    def html(self, most=None):
+        """A table that scrolls sideways in its own frame; most: rows, None for all."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.text()
+            for row in self.text()[:most]
         )
         return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 

@@ -202,7 +202,7 @@ def measures(finished):
                 rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
     return Table(
         "label_free",
-        "Label-free measures against F1",
+        "Label-free measures against F1, in numbers",
         "Rank correlation over runs of each measure, on clean validation images, with F1 on "
         f"training views (the online probe's) and on validation (the {finished[0].probe} probe's), "
         "and the F1 that is lost by picking the run with the highest measure. Over all runs RankMe "
