@@ -91,8 +91,8 @@ def performance(finished, split):
         {"train": "Tables 3 and 4, training", "val": "Tables 1, 3 and 4, validation"}[split],
         f"Scores of {what}. The paper's values are of Sewer-ML at 224 pixels: beside another set's "
         "their difference means nothing. Its MAE never got a gradient, so its values stand beside "
-        "the random ViT's too. Scores are binary, defect or normal: easier than, and not comparable "
-        "with, the 17-class benchmark of Sewer-ML.",
+        "the random ViT's too. Scores are binary, defect or normal: easier than, and not "
+        "comparable with, the 17-class benchmark of Sewer-ML.",
         (*SETTING, "seeds", *_header(METRICS, OF_TABLES)),
         rows,
     )
