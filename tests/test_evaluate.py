@@ -51,12 +51,14 @@ def test_intervals_cover_and_shrink_with_the_number_of_images():
             low, high = found[name]
             covered[name] += low <= truth[name] <= high
     assert all(33 <= n for n in covered.values()), covered
-    wide, narrow = (np.diff(intervals(some(n), [0.1])[0.1]["f1"])[0] for n in (1500, 24000))
+    wide, narrow = (
+        np.diff(intervals(some(n), [0.1], draws=200)[0.1]["f1"])[0] for n in (1500, 24000)
+    )
     assert wide / narrow == pytest.approx(4, rel=0.35)
     scores = some()  # a known width: recall is a share of 2,400 independent images
     recall = scores.at(None)["recall"]
     expected = 2 * 1.96 * (recall * (1 - recall) / 2400) ** 0.5
-    assert np.diff(intervals(scores, [None])[None]["recall"])[0] == pytest.approx(
+    assert np.diff(intervals(scores, [None], draws=200)[None]["recall"])[0] == pytest.approx(
         expected, rel=0.15
     )
 
@@ -64,22 +66,30 @@ def test_intervals_cover_and_shrink_with_the_number_of_images():
 @pytest.mark.parametrize("prevalence", [None, 0.01, 0.45])
 def test_intervals_are_around_the_scores(prevalence):
     scores = some()
-    at, found = scores.at(prevalence), intervals(scores, [prevalence])[prevalence]
+    at, found = scores.at(prevalence), intervals(scores, [prevalence], 99)[prevalence]
     names = ("precision", "recall", "f1", "f2", "f1_normal", "f2_ciw", "f2_ciw_strict", "auroc")
     assert set(found) == {*names, "average_precision"}
     for name, (low, high) in found.items():
         assert low < at[name] < high, name
-    assert found == intervals(scores, [0.3, prevalence])[prevalence]  # the draws are keyed
+    assert found == intervals(scores, [0.3, prevalence], 99)[prevalence]  # the draws are keyed
+
+
+def test_a_draw_in_which_a_score_is_undefined_does_not_count():
+    """Of one image called a defect, rightly, the precision is 1 wherever it is drawn at all."""
+    label, logit = np.array([1] * 9 + [0] * 9), np.full(18, -1.0)
+    logit[0] = 1
+    scores = StoredScores(logit, label, np.zeros((18, 0), bool), ())
+    assert intervals(scores, [None], 50)[None]["precision"] == (1, 1)
 
 
 def test_without_classes_or_without_a_group_there_is_less():
     scores = some()
     plain = StoredScores(scores.logit, scores.label, np.zeros((6000, 0), bool), ())
-    found = intervals(plain, [0.1])[0.1]
+    found = intervals(plain, [0.1], 9)[0.1]
     assert "f2_ciw" not in found and "f1" in found
     normal = scores.label == 0
     only = StoredScores(scores.logit[normal], scores.label[normal], scores.classes[normal], NAMES)
-    assert intervals(only, [0.1]) == {0.1: {}} and only.at(0.1)["f1"] is None
+    assert intervals(only, [0.1], 9) == {0.1: {}} and only.at(0.1)["f1"] is None
 
 
 def test_stored_scores_are_read_back(tmp_path):

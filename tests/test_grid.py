@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -62,7 +63,6 @@ def test_the_mini_grid_has_the_papers_shape():
     groups = Counter(group for run in runs for group in run.groups)
     assert list(groups) == list(Counter(g for run in read_grid(PAPER) for g in run.groups))
     assert groups == {"methods": 22, "random": 4, "resolution": 6, "augmentation": 6}
-    assert len({run.name for run in runs}) == len(runs)
     assert {r.cfg.data.image_size for r in runs if "resolution" in r.groups} == {24, 48, 72}
     assert {r.cfg.data.image_size for r in runs if "resolution" not in r.groups} == {48}
 
@@ -108,7 +108,14 @@ def test_a_run_of_two_groups_is_one_run(tmp_path):
             {"groups": {"a": group(**{"optimization.lrr": 1})}},
             ["groups.a", "optimization.lrr", "lr"],
         ),
-        ({"groups": {"a": {**group(), "configs": {"configs/simclr_r18.yaml": 3}}}}, ["a", "got 3"]),
+        (
+            {"groups": {"a": {**group(), "configs": {"configs/simclr_r18.yaml": 3}}}},
+            ["groups.a", "got configs/simclr_r18.yaml: 3"],
+        ),
+        (
+            {"groups": {"a": {**group(), "configs": [{"x.yaml": {}}]}}},
+            ["groups.a", "got {'x.yaml'"],
+        ),
         ({"runs": []}, ["groups: missing", "runs: unknown"]),
     ],
 )
@@ -236,9 +243,6 @@ def pretended(monkeypatch, tmp_path, tiny_set):
     monkeypatch.setattr(Child, "started", [])
     monkeypatch.setattr(launch.subprocess, "Popen", Child)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the launcher sets them: put back
-        number = getattr(signal, name)
-        monkeypatch.setattr(launch.signal, name, number)
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     return read_grid(small_grid(tmp_path, tiny_set, [1, 2])), Child.started
 
@@ -306,6 +310,37 @@ def test_only_some_runs_by_a_pattern(capsys):
     assert "# 12 runs; 12 left" in said and said.count("mae.py --config") == 2
     with pytest.raises(SystemExit) as end:
         main(["plan", "--only", "nothing_*"])
-    assert end.value.code == 2 and "no such run" in capsys.readouterr().err
+    assert end.value.code == 2 and "no run of that name" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--jobs", "0"])
+
+
+def test_only_a_second_ctrl_c_kills(monkeypatch, capfd):
+    sent = []
+    monkeypatch.setattr(launch.os, "killpg", lambda pid, number: sent.append((pid, number)))
+    launcher = launch.Launcher([])
+    child = SimpleNamespace(pid=7, send_signal=lambda number: sent.append(("child", number)))
+    launcher._children["a run"] = child
+    launcher._stop(signal.SIGHUP, None)
+    launcher._stop(signal.SIGTERM, None)
+    assert sent == [("child", signal.SIGTERM)]
+    assert "SIGHUP: 1 runs are saving; Ctrl-C again kills" in capfd.readouterr().err
+    launcher._stop(signal.SIGINT, None)
+    assert sent[1:] == [(7, signal.SIGKILL)]
+
+
+def test_nohup_is_respected(pretended, monkeypatch):
+    runs, _ = pretended
+    handled = []
+    monkeypatch.setattr(launch.signal, "signal", lambda number, _: handled.append(number))
+    ignored = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(launch.signal, "getsignal", ignored.get)
+    launch.Launcher(runs[:0]).run()
+    assert handled == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_run_whose_result_was_taken_away_is_made_again(tmp_path, tiny_set):
+    run = read_grid(small_grid(tmp_path, tiny_set, [1]))[0]
+    run.folder.mkdir(parents=True)
+    write_json(run.folder / "status.json", {"state": "finished"})
+    assert state(run) == ("preempted", "no result.json")

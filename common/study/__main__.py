@@ -20,7 +20,7 @@ GRID = "configs/grid/paper.yaml"
 def plan(runs, args):
     """Every run with its command, and what the rest will take."""
     if args.calibrate:
-        calibrate([run for run in runs if state(run)[0] != "finished"])
+        calibrate([r for r in runs if state(r)[0] != "finished"], args.jobs, args.nproc)
     for run in runs:
         print(f"# {run.name} ({', '.join(run.groups)}): {state(run)[0]}")
         print(shlex.join(run.command(nproc=args.nproc)))
@@ -83,7 +83,7 @@ def main(argv=None):
         "--probe", choices=["online", "offline"], default="online", help="report: whose scores"
     )
     parser.add_argument(
-        "--draws", type=int, default=0, metavar="N", help="report: also draw N real subsets each"
+        "--draws", type=_count, default=0, metavar="N", help="report: also draw N real subsets each"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
@@ -92,7 +92,7 @@ def main(argv=None):
         if args.only:
             runs = [r for r in runs if any(fnmatch.fnmatch(r.name, o) for o in args.only)]
         if not runs:
-            raise UserError(f"{args.grid}: no such run in this grid: {args.only}")
+            raise UserError(f"{args.grid}: no run of that name: {' '.join(args.only or [])}")
         {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)
     except (UserError, OSError) as error:
         say(f"error: {error}")

@@ -65,6 +65,6 @@ class TimeLeft:
     def _images_left(self, run):
         try:
             steps = max((r["step"] for r in read_log(run.folder / LOG)), default=0)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             steps = 0
         return max(self._count(run) - steps * run.cfg.optimization.batch_size, 0)

@@ -64,11 +64,12 @@ def load_scores(folder, probe="online"):
     return StoredScores(logit[known], label[known], classes[known].astype(bool), names)
 
 
-def intervals(scores, prevalences, seed=0, draws=200):
+def intervals(scores, prevalences, draws, seed=0):
     """95 % intervals by bootstrap over images, within normals and defects.
 
     prevalences: to score at, None for that of the data; the same draws serve all. Returns
-    {prevalence: {score: (low, high)}}, without what the data cannot give.
+    {prevalence: {score: (low, high)}}, without what the data cannot give; a draw in which a score
+    is undefined does not count for it.
     """
     order = np.argsort(-scores.logit, kind="stable")
     logit, is_defect = scores.logit[order], scores.label[order] == 1
@@ -104,7 +105,8 @@ def intervals(scores, prevalences, seed=0, draws=200):
                 drawn["f2_ciw"] = ciw_f2(*of_classes, 0, scores.class_names)
                 drawn["f2_ciw_strict"] = ciw_f2(*of_classes, fp * w[1], scores.class_names)
             for name, value in drawn.items():
-                values.setdefault(name, []).append(0.0 if value is None else value)
+                if value is not None:
+                    values.setdefault(name, []).append(value)
     return {
         p: {name: tuple(map(float, np.percentile(v, INTERVAL))) for name, v in values.items()}
         for p, values in found.items()

@@ -122,8 +122,8 @@ def _combinations(group, overrides):
             raise ConfigError(f"axes.{key}: expected a list of values, got {values!r}")
     for config in group.configs:
         own = group.configs[config] if isinstance(group.configs, dict) else {}
-        if not isinstance(own, dict):
-            raise ConfigError(f"configs.{config}: expected overrides, got {own!r}")
+        if not isinstance(config, str) or not isinstance(own, dict):
+            raise ConfigError(f"configs: expected FILE or FILE: {{overrides}}, got {config}: {own}")
         fixed = {key: json.dumps(value) for key, value in (group.overrides | own).items()} | given
         for values in itertools.product(*axes.values()):
             at = dict(zip(axes, map(json.dumps, values), strict=True))
@@ -150,13 +150,15 @@ def state(run):
     at, why = status.get("state", "queued"), status.get("why")
     if at == "running":  # nobody holds it: it was killed
         return "preempted", "killed"
+    if at == "finished":  # its result was taken away: to be made again
+        return "preempted", f"no {RESULT}"
     return at, why
 
 
 def is_held(path):
     """Whether another process holds the lock file."""
     try:
-        with open(path, "r+") as file:
+        with open(path) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -43,7 +44,8 @@ class Launcher:
     def run(self):
         """Returns the exit code: 0 all done, 3 some failed, 75 stopped or some done elsewhere."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self._work, run): run for run in self.runs}
             while wait(futures, 0.2).not_done:  # without a timeout, signals would have to wait
@@ -62,12 +64,20 @@ class Launcher:
         return STOPPED if self.stopped or self.elsewhere else DONE
 
     def _stop(self, number, frame):
-        """First the runs may save; the second time they are killed, and go on from a checkpoint."""
-        for child in list(self._children.values()):
+        """First the runs may save; a second Ctrl-C kills them, and they go on from a checkpoint.
+
+        torchrun's ranks have sessions of their own: it ends them itself, half a minute after.
+        """
+        children = list(self._children.values())
+        again = self.stopped and number == signal.SIGINT
+        if not self.stopped:
+            kill = "; Ctrl-C again kills them" if self.nproc == 1 else ""
+            say(f"{signal.Signals(number).name}: {len(children)} runs are saving{kill}")
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
-                if self.stopped:
+                if again and self.nproc == 1:
                     os.killpg(child.pid, signal.SIGKILL)
-                else:
+                elif not self.stopped:
                     child.send_signal(signal.SIGTERM)
         self.stopped = True
 
@@ -91,14 +101,15 @@ class Launcher:
         """Start a run, again where it is worth it."""
         for _ in range(TRIES):
             say(f"{time.strftime('%H:%M:%S')} {run.name}: {state(run)[0]}, log in {log_path(run)}")
-            started = time.time()
+            started, status = time.time(), run.folder / STATUS
             code = self._start(run, place)
-            if self.stopped or code in (DONE, STOPPED, USER_ERROR):
+            of_this_start = status.exists() and status.stat().st_mtime >= started
+            left = (read_json(status) or {}) if of_this_start else {}
+            if left.get("state") == "preempted":  # torchrun has exit codes of its own
+                code = STOPPED
+            ends = code in (DONE, STOPPED, USER_ERROR) or left.get("retryable") is False
+            if self.stopped or ends:
                 break
-            status = run.folder / STATUS
-            if status.exists() and status.stat().st_mtime >= started:  # of this start
-                if (read_json(status) or {}).get("retryable") is False:
-                    break
         if state(run)[0] == "finished":
             done = sum(state(r)[0] == "finished" for r in self.runs)
             left = self._time_left.text(self.jobs)
@@ -106,24 +117,17 @@ class Launcher:
         elif code == STOPPED:
             self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:
-            self.failed[run] = state(run)[1] or f"exit code {code}"
+            self.failed[run] = left.get("why") or f"exit code {code}"
 
     def _start(self, run, place):
         """One process from start to end; returns its exit code."""
-        env = dict(os.environ)
-        if self.gpus:
-            mine = range(place * self.nproc, (place + 1) * self.nproc)
-            devices = [self.gpus[i % len(self.gpus)] for i in mine]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices))
-        elif self.jobs > 1:  # runs that each take all cores slow each other down many times
-            env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.jobs)))
         log_path(run).parent.mkdir(parents=True, exist_ok=True)
         with open(log_path(run), "ab") as log:
             child = subprocess.Popen(
                 run.command(sys.executable, self.nproc),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=env,
+                env=environment(place, self.jobs, self.nproc, self.gpus),
                 start_new_session=True,  # Ctrl-C reaches it through us alone
             )
             self._children[run.name] = child
@@ -132,6 +136,17 @@ class Launcher:
             code = child.wait()
             del self._children[run.name]
         return code
+
+
+def environment(place, jobs, nproc, gpus):
+    """What a run at a place (0 to jobs - 1) starts with: its GPUs, or its share of the cores."""
+    env = dict(os.environ)
+    if gpus:
+        devices = [gpus[i % len(gpus)] for i in range(place * nproc, (place + 1) * nproc)]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices))
+    elif jobs > 1:  # runs that each take all cores slow each other down many times
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    return env
 
 
 def gpu_ids():
@@ -170,8 +185,11 @@ def claim(run):
         yield True
 
 
-def calibrate(runs):
-    """Train a few steps of every kind of run that nothing is known of; keep the time an image."""
+def calibrate(runs, jobs=1, nproc=1):
+    """Train a few steps of every kind of run that nothing is known of; keep the time an image.
+
+    One at a time, but with the GPUs or cores of one of `jobs`.
+    """
     done = set()
     for run in runs:
         key, path = cost_key(run), run.folder.parent / CALIBRATION
@@ -180,34 +198,36 @@ def calibrate(runs):
             continue
         done.add(key)
         say(f"timing {key}")
-        seconds = _time_steps(run)
+        seconds = _time_steps(run, nproc, environment(0, jobs, nproc, gpu_ids()))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, known | {key: seconds})
 
 
-def _time_steps(run):
+def _time_steps(run, nproc, env):
     """Seconds an image in training, from a run that is stopped after some steps."""
     folder = run.folder.with_name(f"calibrate_{run.name}")
     shutil.rmtree(folder, ignore_errors=True)
-    more = [f"run.name={folder.name}", "run.log_every=1"]
-    words = [*run.command(sys.executable), *more]
+    words = [*run.command(sys.executable, nproc), f"run.name={folder.name}", "run.log_every=1"]
     first, last = CALIBRATION_STEPS
-    with open(os.devnull, "wb") as nowhere:
-        child = subprocess.Popen(words, stdout=nowhere, stderr=subprocess.PIPE, text=True)
-        times = {}
-        while max(times, default=0) < last and child.poll() is None:
-            time.sleep(0.05)
-            log = folder / LOG
-            lines = log.read_text().count('"kind": "step"') if log.exists() else 0
-            times.setdefault(lines, time.monotonic())
-        child.terminate()
-        said = child.communicate()[1]
-    steps = [n for n in times if n >= first]
-    result = read_json(folder / RESULT)
-    shutil.rmtree(folder, ignore_errors=True)
-    if result:  # a run that short
-        return result["seconds"] / (sum(result["train_rows"].values()) * result["epochs"])
-    if len(steps) < 2:
-        raise UserError(f"{shlex.join(words)}: could not be timed:\n{said}")
+    times = {}
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(words, stdout=said, stderr=said, env=env)
+        try:
+            while max(times, default=0) < last and child.poll() is None:
+                time.sleep(0.05)
+                log = folder / LOG
+                lines = log.read_text().count('"kind": "step"') if log.exists() else 0
+                times.setdefault(lines, time.monotonic())
+        finally:
+            child.terminate()
+            child.wait()
+            result = read_json(folder / RESULT)
+            shutil.rmtree(folder, ignore_errors=True)
+        said.seek(0)
+        steps = [n for n in times if n >= first]
+        if result:  # a run that short
+            return result["seconds"] / (sum(result["train_rows"].values()) * result["epochs"])
+        if len(steps) < 2:
+            raise UserError(f"{shlex.join(words)}: could not be timed:\n{said.read()}")
     images = (max(steps) - min(steps)) * run.cfg.optimization.batch_size
     return (times[max(steps)] - times[min(steps)]) / images

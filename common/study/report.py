@@ -135,8 +135,8 @@ def _main_steps(page, main, probe, draws):
             yield lambda e=entries, b=backbone, n=name, p=part, m=metrics: page.add_figure(
                 f"heatmap_{b}{p}",
                 f"{n}: training against validation proportion" + (", more scores" if p else ""),
-                f"Figures 2, 4 and 5. The {probe} probe, clean validation images, every prevalence "
-                "in closed form, mean over seeds. All panels share one scale.",
+                f"As Figures 2, 4 and 5. The {probe} probe, clean validation images, every "
+                "prevalence in closed form, mean over seeds. All panels share one scale.",
                 figures.heatmaps(e, m),
             )
     yield lambda: page.add_figure(

@@ -87,11 +87,11 @@ def collect(runs, probe="online"):
     """GridRuns -> (list of Finished, {name: why it is not there}). probe: online | offline."""
     finished, missing = [], {}
     for run in runs:
-        at, why = state(run)
-        if at != "finished":
-            missing[run.name] = at + (f": {why}" if why else "")
-            continue
         try:
+            at, why = state(run)
+            if at != "finished":
+                missing[run.name] = at + (f": {why}" if why else "")
+                continue
             entry = Finished(run, read_json(run.folder / RESULT) or {}, probe)
             _ = entry.scores, entry.epochs(), entry.method, entry.backbone, entry.proportion
             _ = [entry.result[key]["f1"] for key in ("train", "val", "val_offline")]
@@ -109,7 +109,7 @@ def with_variants(finished, but=()):
     the seed. but: keys (`section.key`) that may differ."""
     told = []
     for entries in settings(finished, lambda e: (e.method, e.backbone, e.proportion)).values():
-        flat = [_flat(identity(e.run.cfg, with_paths=False)) for e in entries]
+        flat = [_flat(identity(e.run.cfg, with_paths=True)) for e in entries]
         keys = [k for k in flat[0] if k not in ("seed", *but) and len({f.get(k) for f in flat}) > 1]
         for entry, values in zip(entries, flat, strict=True):
             variant = ", ".join(f"{key}={values.get(key)}" for key in keys)
@@ -127,7 +127,10 @@ def _flat(values, path=""):
 
 @functools.cache
 def paper_values():
-    """{(table, backbone, method, split, metric, proportion, at): value}; see paper_values.csv."""
+    """{(table, backbone, method, split, metric, proportion, at): value}; see paper_values.csv.
+
+    The study's MAE never got a gradient: its values of Tables 3 and 4 stand there as `random`, too.
+    """
     names = ("table", "backbone", "method", "split", "metric")
     numbers = ("train_defect_proportion", "at")
     with open(PAPER, newline="") as file:

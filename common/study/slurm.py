@@ -30,7 +30,7 @@ while kill -0 $child 2>/dev/null; do  # a signal ended the wait, not the run: it
     wait $child
     code=$?
 done
-if [ $code = {stopped} ]; then
+if [ $code = {stopped} ]; then  # saved, or another door has the run: come back later
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 fi
 exit $code

@@ -74,6 +74,6 @@ def _text(cell):
 
 
 def _latex(text):
-    for character in "&%_#$":
-        text = text.replace(character, "\\" + character)
-    return text
+    special = {c: "\\" + c for c in "&%_#${}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(character, character) for character in text)

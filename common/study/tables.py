@@ -3,7 +3,7 @@
 import numpy as np
 
 from common.annotations import DEFECT
-from common.metrics import all_scores
+from common.metrics import THRESHOLD, all_scores
 from common.study.evaluate import draw_subsets
 from common.study.results import (
     PREVALENCES,
@@ -70,11 +70,9 @@ def performance(finished, split):
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
         row = [*_in_print(backbone, method, proportion), len(entries)]
-        # The paper's MAE was a random ViT: it stands beside that, too.
-        theirs = "mae" if (backbone, method) == ("vit_tiny", "random") else method
         for metric in METRICS:
             ours = estimate(entries, metric, split=split)
-            key = ("tables 3 and 4", backbone, theirs, split, metric, proportion, None)
+            key = ("tables 3 and 4", backbone, method, split, metric, proportion, None)
             row += beside(ours, paper.get(key)) if metric in OF_TABLES else [ours]
         rows.append(row)
     if split == "val":
@@ -152,10 +150,10 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
     return Table(
         "subsets",
         "Closed form and drawn subsets",
-        f"Scores at a prevalence in closed form, and of {draws} subsets drawn with that prevalence "
-        "from the validation images. The std is what a study that draws one subset leaves to "
-        "chance. F2_CIW of small subsets is biased: a class without an image in the draw counts "
-        "as a class of which nothing is found.",
+        f"Scores of each setting's first seed at a prevalence: in closed form, and of {draws} "
+        "subsets drawn with that prevalence from the validation images. The std is what a study "
+        "that draws one subset leaves to chance. F2_CIW of small subsets is biased: a class "
+        "without an image in the draw counts as a class of which nothing is found.",
         tuple(header),
         rows,
     )
@@ -165,17 +163,18 @@ def resolution(finished):
     """Table 2: validation F1 by image size, supervised, resize only."""
     rows, paper = [], paper_values()
     groups = settings(finished, lambda e: (*setting(e), e.run.cfg.data.image_size))
-    for (backbone, method, proportion, size), entries in sorted(groups.items(), key=str):
+    for (backbone, method, proportion, size), entries in groups.items():
         theirs = paper.get(("table 2", backbone, method, "val", "f1", None, float(size)))
-        minutes = np.mean([e.result["seconds"] / e.result["epochs"] for e in entries]) / 60
+        minutes = float(np.mean([e.result["seconds"] / e.result["epochs"] for e in entries])) / 60
         ours = beside(estimate(entries, "f1"), theirs)
-        rows.append([*_in_print(backbone, method, proportion), size, *ours, f"{minutes:.1f}"])
+        rows.append([*_in_print(backbone, method, proportion), size, *ours, minutes])
     rows.sort(key=lambda row: (*row[:3], row[3]))
     return Table(
         "resolution",
         "Table 2: image size",
         f"Validation F1 of the supervised baseline by image size, resized and not augmented, by "
-        f"the {finished[0].probe} probe. Minutes are of the whole run, validation included.",
+        f"the {finished[0].probe} probe. Minutes: of the whole run with its validations, divided "
+        "by its epochs.",
         (*SETTING, "pixels", "F1", "F1, paper", "F1, difference", "minutes an epoch"),
         rows,
     )
@@ -233,7 +232,7 @@ def class_recall(finished):
     rows = []
     for entry in finished:
         scores, counts = entry.scores, entry.class_counts()
-        called, is_defect = scores.logit >= 0, scores.label == DEFECT
+        called, is_defect = scores.logit >= THRESHOLD, scores.label == DEFECT
         for c, name in enumerate(scores.class_names):
             of = scores.classes[:, c] & is_defect
             recall = float(called[of].mean()) if of.any() else None
