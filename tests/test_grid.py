@@ -324,7 +324,7 @@ def test_only_a_second_ctrl_c_kills(monkeypatch, capfd):
     launcher._stop(signal.SIGHUP, None)
     launcher._stop(signal.SIGTERM, None)
     assert sent == [("child", signal.SIGTERM)]
-    assert "SIGHUP: 1 runs are saving; Ctrl-C again kills" in capfd.readouterr().err
+    assert "SIGHUP: waiting for 1 to save; Ctrl-C again kills" in capfd.readouterr().err
     launcher._stop(signal.SIGINT, None)
     assert sent[1:] == [(7, signal.SIGKILL)]
 

@@ -72,7 +72,7 @@ class Launcher:
         again = self.stopped and number == signal.SIGINT
         if not self.stopped:
             kill = "; Ctrl-C again kills them" if self.nproc == 1 else ""
-            say(f"{signal.Signals(number).name}: {len(children)} runs are saving{kill}")
+            say(f"{signal.Signals(number).name}: waiting for {len(children)} to save{kill}")
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 if again and self.nproc == 1:
@@ -104,10 +104,10 @@ class Launcher:
             started, status = time.time(), run.folder / STATUS
             code = self._start(run, place)
             of_this_start = status.exists() and status.stat().st_mtime >= started
-            left = (read_json(status) or {}) if of_this_start else {}
-            if left.get("state") == "preempted":  # torchrun has exit codes of its own
+            told = (read_json(status) or {}) if of_this_start else {}
+            if told.get("state") == "preempted":  # torchrun has exit codes of its own
                 code = STOPPED
-            ends = code in (DONE, STOPPED, USER_ERROR) or left.get("retryable") is False
+            ends = code in (DONE, STOPPED, USER_ERROR) or told.get("retryable") is False
             if self.stopped or ends:
                 break
         if state(run)[0] == "finished":
@@ -117,7 +117,7 @@ class Launcher:
         elif code == STOPPED:
             self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:
-            self.failed[run] = left.get("why") or f"exit code {code}"
+            self.failed[run] = told.get("why") or f"exit code {code}"
 
     def _start(self, run, place):
         """One process from start to end; returns its exit code."""

@@ -19,7 +19,6 @@ from common.study.evaluate import intervals, load_scores
 from common.study.grid import GridRun, state, training_subset
 
 PAPER = Path(__file__).with_name("paper_values.csv")
-
 DRAWS = 100  # of the bootstrap
 # Of the t distribution with 1, 2, ... degrees of freedom, 97.5 %.
 T_VALUES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
