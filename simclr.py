@@ -21,17 +21,17 @@ from torch import nn
 from common.annotations import check_disjoint, read_annotations
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
-from common.checkpoint import TrainState
-from common.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
 from common.data import build_loaders
 from common.distributed import all_gather_with_grad, mixed_precision, to_device, wrap
 from common.optim import build_optimizer, set_lr
 from common.probe import LinearProbe, pos_weight
-from common.process import entry_point
-from common.run import Run
+from common.running.checkpoint import TrainState
+from common.running.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
+from common.running.process import entry_point
+from common.running.run import Run
+from common.running.schema import Count, NonNegativeInt, Positive
 from common.sampler import EpochSampler, imbalanced_indices
 from common.schedules import cosine, warmup_cosine
-from common.schema import Count, NonNegativeInt, Positive
 from common.scoring import Scoring
 
 # ============================== config ==============================
@@ -156,7 +156,7 @@ def main(argv=None):
     probe = probe.to(run.device)
     autocast, scaler = mixed_precision(opt.precision, run.device)
     scoring = Scoring(
-        train, rows, val, val_loader, cfg.seed, weight, augment.clean, run.place, autocast
+        train, rows, val, val_loader, cfg.seed, weight, augment.clean, *run.place, autocast
     )
     state = TrainState(model, optimizer, probe, scaler)
     run.resume(state, sampler.steps_per_epoch)

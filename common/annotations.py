@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import UserError
 from common.label_table import DEFECT, NORMAL, UNLABELLED, read_chunks, refuse
+from common.running.errors import UserError
 
 # Class-importance weights (CIW): Haurum and Moeslund, Sewer-ML, CVPR 2021, in the files' order.
 CLASS_IMPORTANCE = {

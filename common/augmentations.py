@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.keyed import JITTER_ORDER, MASK, VIEW, keyed_rng
+from common.running.keyed import JITTER_ORDER, MASK, VIEW, keyed_rng
 
 # Sewer-ML's channel statistics; the study uses them, and so does its released code.
 MEAN = (0.523, 0.453, 0.345)

@@ -17,14 +17,14 @@ import torch
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
 from common.data import open_image
-from common.errors import UserError
 from common.metrics import all_scores
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import pos_weight
-from common.process import entry_point
-from common.progress import Progress
-from common.run_folder import RESULT, read_json
-from common.schema import read_yaml
+from common.running.errors import UserError
+from common.running.folder import RESULT, read_json
+from common.running.process import entry_point
+from common.running.progress import Progress
+from common.running.schema import read_yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)

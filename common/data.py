@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.augmentations import resize_squash
-from common.errors import ImageError, UserError
-from common.keyed import FILE_CHECK, keyed_rng
+from common.running.errors import ImageError, UserError
+from common.running.keyed import FILE_CHECK, keyed_rng
 
 LARGEST_IMAGE = 50_000_000  # pixels; a few bytes of PNG can ask for gigabytes of memory
 LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an error

@@ -5,7 +5,7 @@ import difflib
 
 import numpy as np
 
-from common.errors import UserError
+from common.running.errors import UserError
 
 NOT_CLASSES = ("Filename", "Defect", "WaterLevel", "VA", "ND")
 DEFECT, NORMAL, UNLABELLED = 1, 0, -1

@@ -10,7 +10,7 @@ Deviation: F2_CIW: the study's cannot see a false alarm; f2_ciw_strict, which ca
 import numpy as np
 
 from common.annotations import CLASS_IMPORTANCE
-from common.errors import UserError
+from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
 

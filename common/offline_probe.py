@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.annotations import DEFECT, NORMAL
-from common.keyed import FIT_SAMPLE, FOLD, keyed_rng
+from common.running.keyed import FIT_SAMPLE, FOLD, keyed_rng
 
 MOST_ROWS = 200_000  # for the fit; a stratified sample of more
 L2_GRID = tuple(10.0**e for e in range(1, -7, -1))  # strong to weak: each fit starts at the last

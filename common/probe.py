@@ -11,8 +11,8 @@ from torch import nn
 from common.annotations import DEFECT, NORMAL
 from common.data import batches
 from common.distributed import all_reduce_sum_, gather_unpadded
-from common.errors import UserError
-from common.progress import Progress
+from common.running.errors import UserError
+from common.running.progress import Progress
 
 
 def pos_weight(kind, defect):

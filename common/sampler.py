@@ -8,8 +8,8 @@ Deviation: train set size: it shrinks with the proportion, as the study's; subse
 import numpy as np
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
-from common.errors import UserError
-from common.keyed import ORDER, SUBSET, keyed_rng
+from common.running.errors import UserError
+from common.running.keyed import ORDER, SUBSET, keyed_rng
 
 
 def imbalanced_indices(defect, proportion, seed, fraction=1.0, subset_size=None):

@@ -13,12 +13,11 @@ import torch
 from common.annotations import Annotations
 from common.data import clean_loader
 from common.distributed import broadcast_buffers
-from common.keyed import FEATURE_ROWS, keyed_rng
 from common.metrics import all_scores, at_prevalence
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import evaluate
-from common.process import Place
 from common.rankme import label_free
+from common.running.keyed import FEATURE_ROWS, keyed_rng
 
 PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)  # of the study's grid
 MOST_FEATURES = 25_600  # rows; RankMe's own sample size
@@ -35,7 +34,9 @@ class Scoring:
     seed: int
     pos_weight: float
     clean: object  # uint8 images -> normalised float32
-    place: Place
+    rank: int
+    world_size: int
+    device: torch.device
     autocast: torch.autocast
     _last: tuple | None = None  # the newest validation
 
@@ -49,14 +50,13 @@ class Scoring:
     def validate(self, model, probe):
         """One clean pass over val. Returns (scores, label-free measures, None but on rank 0)."""
         broadcast_buffers(model)
-        device = self.place.device
         rows, features, embeddings = evaluate(
-            model, self.val_loader, self.clean, device, self.autocast, "validation"
+            model, self.val_loader, self.clean, self.device, self.autocast, "validation"
         )
         logits = probe.cpu()(features).numpy()
-        probe.to(device)
+        probe.to(self.device)
         chosen, measures = self._feature_rows(len(rows)), None
-        if self.place.rank == 0:  # nobody else writes them down
+        if self.rank == 0:  # nobody else writes them down
             measures = label_free(features[chosen], embeddings[chosen])
         scores = self._val_scores(logits), measures
         self._last = *scores, features, embeddings, logits
@@ -79,10 +79,10 @@ class Scoring:
             self.validate(model, probe)
         val_scores, measures, features, embeddings, logits = self._last
         train_rows, train_features = self._offline_sample(model)
-        if self.place.rank != 0:
+        if self.rank != 0:
             return None
         threads = torch.get_num_threads()
-        if self.place.world_size > 1:  # torchrun gives each rank one thread, and the others wait
+        if self.world_size > 1:  # torchrun gives each rank one thread, and the others wait
             torch.set_num_threads(os.cpu_count())
         offline_logits, fit = offline_probe(
             train_features, self.train.defect[train_rows], features, self.pos_weight, self.seed
@@ -112,19 +112,18 @@ class Scoring:
         """(rows, clean features) of the labelled training rows, or of a stratified sample."""
         labelled = stratified_sample(self.train.defect[self.train_rows], MOST_ROWS, self.seed)
         rows = self.train_rows[labelled]
-        rank, ranks, device = self.place
         loader, images = self.val_loader, self.val_loader.dataset
         loader = clean_loader(
             images.image_root,
             self.train,
-            rows[rank::ranks],
+            rows[self.rank :: self.world_size],
             images.image_size,
             loader.batch_size,
             loader.num_workers,
             loader.pin_memory,
         )
         got, features, _ = evaluate(
-            model, loader, self.clean, device, self.autocast, "features for the offline probe"
+            model, loader, self.clean, self.device, self.autocast, "features for the offline probe"
         )
         return got.numpy(), features
 

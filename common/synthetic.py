@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from common.annotations import CLASS_IMPORTANCE
-from common.progress import Progress
-from common.synthetic_frame import render
+from common.running.progress import Progress
+from common.sets.sewer_frame import render
 
 VERSION = 1  # raise it when the same arguments would give other images
 CLASSES = tuple(CLASS_IMPORTANCE)

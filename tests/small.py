@@ -17,8 +17,8 @@ import mae
 import simclr
 import supervised
 from common.backbones import build_backbone
-from common.checkpoint import read_checkpoint
-from common.run_folder import read_json
+from common.running.checkpoint import read_checkpoint
+from common.running.folder import read_json
 
 HEAD = ["ssl_settings.proj_hidden_dim=32", "ssl_settings.proj_output_dim=16"]
 OVERRIDES = {

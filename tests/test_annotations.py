@@ -9,7 +9,7 @@ from common.annotations import (
     count_labels,
     read_annotations,
 )
-from common.errors import UserError
+from common.running.errors import UserError
 
 SEWER_HEADER = "Filename,WaterLevel,VA," + ",".join(CLASS_IMPORTANCE) + ",ND,Defect"
 

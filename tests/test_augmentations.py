@@ -14,7 +14,7 @@ from common.augmentations import (
     draw_crop,
     resize_squash,
 )
-from common.keyed import JITTER_ORDER, keyed_rng
+from common.running.keyed import JITTER_ORDER, keyed_rng
 
 TORCHVISION = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 

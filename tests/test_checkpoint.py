@@ -4,8 +4,8 @@ import pickle
 import pytest
 import torch
 
-from common import checkpoint
-from common.checkpoint import (
+from common.running import checkpoint
+from common.running.checkpoint import (
     LAST,
     PREVIOUS,
     check_finite,
@@ -13,7 +13,7 @@ from common.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from common.errors import UserError
+from common.running.errors import UserError
 
 
 def content(step):

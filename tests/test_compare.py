@@ -7,8 +7,8 @@ from PIL import Image
 from small import run
 
 from common.compare import collect, main, table
-from common.errors import UserError
-from common.run_folder import read_json
+from common.running.errors import UserError
+from common.running.folder import read_json
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 from conftest import ROOT, python
 
 import simclr
-from common.config import load_config, read_config, run_name
-from common.errors import ConfigError
-from common.schema import parse_yaml
+from common.running.config import load_config, read_config, run_name
+from common.running.errors import ConfigError
+from common.running.schema import parse_yaml
 
 R18 = str(ROOT / "configs/simclr_r18.yaml")
 

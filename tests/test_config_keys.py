@@ -8,7 +8,7 @@ import typing
 import pytest
 from small import METHODS, run
 
-from common import config
+from common.running import config
 
 
 def keys(section, prefix=""):
@@ -26,7 +26,10 @@ def test_every_key_is_read(method, tmp_path, tiny_set, monkeypatch):
 
     def recording(self, name):
         caller = sys._getframe(1).f_globals["__name__"]
-        if caller not in ("dataclasses", "common.config"):  # copies and checks are no use of a key
+        if caller not in (
+            "dataclasses",
+            "common.running.config",
+        ):  # copies and checks are no use of a key
             read.add(name if type(self) is script.Config else f"{type(self).__name__}.{name}")
         return object.__getattribute__(self, name)
 
@@ -36,6 +39,6 @@ def test_every_key_is_read(method, tmp_path, tiny_set, monkeypatch):
         monkeypatch.setattr(section, "__getattribute__", recording, raising=False)
     run(method, tmp_path, tiny_set, "keys")
     everything = set(keys(script.Config)) | {"method"}
-    named_only = {"RunOptions.name"}  # read where the run is named, in common.config
+    named_only = {"RunOptions.name"}  # read where the run is named, in common.running.config
     assert everything - read <= named_only
     assert len(everything) > 32

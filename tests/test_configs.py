@@ -5,8 +5,8 @@ import pytest
 from conftest import ROOT, read_yaml
 from small import METHODS, PAIRS
 
-from common.config import read_config, run_name
-from common.schema import read_yaml as read_strictly
+from common.running.config import read_config, run_name
+from common.running.schema import read_yaml as read_strictly
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml"))
 

@@ -9,7 +9,7 @@ from PIL import Image
 from common.annotations import read_annotations
 from common.augmentations import CropViews
 from common.data import batches, build_loaders, clean_loader, open_image
-from common.errors import ImageError, UserError
+from common.running.errors import ImageError, UserError
 from common.sampler import EpochSampler
 
 

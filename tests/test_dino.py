@@ -8,7 +8,7 @@ from torch import nn
 
 import dino
 from common.backbones import build_backbone
-from common.checkpoint import read_checkpoint
+from common.running.checkpoint import read_checkpoint
 from dino import DINO, Head, dino_loss, teacher_statistics
 
 

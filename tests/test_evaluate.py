@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from common.metrics import all_scores
+from common.running.errors import UserError
 from common.study.evaluate import StoredScores, draw_subsets, intervals, load_scores
 
 NAMES = ("RB", "FS", "OS")  # the last one is rare

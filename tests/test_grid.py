@@ -14,8 +14,8 @@ import yaml
 from conftest import ROOT, TINY
 from small import HEAD
 
-from common.errors import ConfigError
-from common.run_folder import read_json, write_json
+from common.running.errors import ConfigError
+from common.running.folder import read_json, write_json
 from common.study import launch
 from common.study.__main__ import main
 from common.study.cost import TimeLeft, cost_key

@@ -25,11 +25,43 @@ def test_nobody_imports_a_script(path):
     assert not {p.stem for p in SCRIPTS} & {name.split(".")[0] for name in imported(path)}
 
 
+COMMANDS = ("synthetic", "compare")  # the rest of common/ itself is the science
+FOR_ALL = {f"common.running.{name}" for name in ("keyed", "errors", "progress")}
+
+
+def room(path):
+    """The folder below common/ that a module lies in, `commands` or `science`."""
+    folder = path.relative_to(ROOT / "common").parts[0]
+    return (
+        folder
+        if folder in ("running", "sets", "study")
+        else ("commands" if path.stem in COMMANDS else "science")
+    )
+
+
+MAY_IMPORT = {
+    "science": ("science",),
+    "sets": ("science", "sets"),
+    "running": ("science", "running"),
+    "commands": ("science", "running", "sets", "commands"),
+    "study": ("science", "running", "sets", "study"),
+}
+
+
+@pytest.mark.parametrize("path", COMMON, ids=lambda p: p.stem)
+def test_each_room_imports_only_what_it_may(path):
+    for name in imported(path):
+        if name.split(".")[0] == "common" and name not in FOR_ALL:
+            other = ROOT / f"{name.replace('.', '/')}.py"
+            other = other if other.exists() else other.with_suffix("") / "__init__.py"
+            assert room(other) in MAY_IMPORT[room(path)], f"{path.name} imports {name}"
+
+
 @pytest.mark.parametrize("path", COMMON, ids=lambda p: p.stem)
 def test_the_config_stays_outside_common(path):
     names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
     arguments = {n.arg for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.arg)}
-    if path.stem not in ("config", "run") and path.parent.name != "study":  # which plans configs
+    if room(path) not in ("running", "study"):
         assert not {"cfg"} & (names | arguments)
     methods = ("simclr", "byol", "barlow", "dino", "mae")
     strings = {

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mae
 from common.backbones import build_backbone
-from common.checkpoint import read_checkpoint
 from common.probe import RunningScores
-from common.run import Run
-from common.run_folder import read_json
+from common.running.checkpoint import read_checkpoint
+from common.running.folder import read_json
+from common.running.run import Run
 
 
 def inputs(n=8, size=32, seed=3):

@@ -4,8 +4,8 @@ import torch
 from sklearn import metrics as sk
 
 from common.annotations import CLASS_IMPORTANCE, read_annotations
-from common.errors import UserError
 from common.metrics import all_scores, at_prevalence, binary_scores, f2_ciw, f2_ciw_strict
+from common.running.errors import UserError
 
 NAMES = tuple(CLASS_IMPORTANCE)
 

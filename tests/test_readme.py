@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from small import METHODS, read_log, run
 
-from common.config import load_config
+from common.running.config import load_config
 
 README = (ROOT / "README.md").read_text()
 MARK = re.compile(r"(?:Deviation|our reading): ([^:\n]{3,40}):")

@@ -11,9 +11,9 @@ from conftest import ROOT
 from scipy import stats
 
 from common.annotations import read_annotations
-from common.errors import UserError
 from common.metrics import all_scores, at_prevalence
-from common.run_folder import write_json
+from common.running.errors import UserError
+from common.running.folder import write_json
 from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid

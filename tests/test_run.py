@@ -17,9 +17,9 @@ from conftest import ROOT, on_ranks, python, write_set
 from small import arguments, outcome, run
 
 import simclr
-from common.checkpoint import TrainState, read_checkpoint
-from common.config import identity, load_config
-from common.run_folder import open_folder, read_json
+from common.running.checkpoint import TrainState, read_checkpoint
+from common.running.config import identity, load_config
+from common.running.folder import open_folder, read_json
 
 METHOD = "simclr"
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.running.errors import UserError
 from common.sampler import EpochSampler, imbalanced_indices
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from test_grid import LONGER, door, small_grid
 
-from common.run_folder import read_json
+from common.running.folder import read_json
 from common.study.grid import read_grid, state
 from common.study.slurm import SCRIPT, submit
 

@@ -3,7 +3,7 @@ import torch
 from conftest import on_ranks, write_set
 from small import read_log, run
 
-from common.checkpoint import read_checkpoint
+from common.running.checkpoint import read_checkpoint
 from supervised import supervised_loss
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.0, -0.5, 4.0]).double()

@@ -6,8 +6,8 @@ import shlex
 import sys
 from collections import Counter
 
-from common.errors import UserError
-from common.progress import say
+from common.running.errors import UserError
+from common.running.progress import say
 from common.study.cost import TimeLeft
 from common.study.grid import read_grid, state
 from common.study.launch import Launcher, calibrate, gpu_ids, log_path, tail

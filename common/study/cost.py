@@ -1,9 +1,9 @@
 """What the rest of a grid will take: seconds an image of runs that cost as much, times images."""
 
-from common.errors import UserError
-from common.progress import clock
-from common.run_folder import RESULT, read_json
-from common.run_log import LOG, read_log
+from common.running.errors import UserError
+from common.running.folder import RESULT, read_json
+from common.running.log import LOG, read_log
+from common.running.progress import clock
 from common.study.grid import state, training_subset
 
 CALIBRATION = "calibration.json"  # in the output folder: {cost_key: seconds an image}

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 from common.metrics import (
     THRESHOLD,
     all_scores,
@@ -25,6 +23,8 @@ from common.metrics import (
     ciw_f2,
     count_scores,
 )
+from common.running.errors import UserError
+from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
 FILE = "val_scores.npz"
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.annotations import read_annotations
-from common.config import read_config, run_name
-from common.errors import ConfigError
-from common.run_folder import LOCK, RESULT, STATUS, read_json
+from common.running.config import read_config, run_name
+from common.running.errors import ConfigError
+from common.running.folder import LOCK, RESULT, STATUS, read_json
+from common.running.schema import build, parse_yaml, read_yaml
 from common.sampler import imbalanced_indices
-from common.schema import build, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)

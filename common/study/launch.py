@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
-from common.process import DONE, FAULT, STOPPED, USER_ERROR
-from common.progress import say
-from common.run_folder import RESULT, STATUS, read_json, write_json
-from common.run_log import LOG
+from common.running.errors import UserError
+from common.running.folder import RESULT, STATUS, read_json, write_json
+from common.running.log import LOG
+from common.running.process import DONE, FAULT, STOPPED, USER_ERROR
+from common.running.progress import say
 from common.study.cost import CALIBRATION, TimeLeft, cost_key
 from common.study.grid import state
 

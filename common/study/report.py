@@ -5,9 +5,9 @@ import html
 import io
 from pathlib import Path
 
-from common.errors import UserError
-from common.keyed import SAMPLE_IMAGES, keyed_rng
-from common.progress import Progress, say
+from common.running.errors import UserError
+from common.running.keyed import SAMPLE_IMAGES, keyed_rng
+from common.running.progress import Progress, say
 from common.study import figures, tables
 from common.study.results import collect, settings, with_variants
 from common.study.samples import samples

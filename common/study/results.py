@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from common.annotations import DEFECT
-from common.config import identity
-from common.errors import UserError
-from common.run_folder import RESULT, read_json
-from common.run_log import LOG, read_log
+from common.running.config import identity
+from common.running.errors import UserError
+from common.running.folder import RESULT, read_json
+from common.running.log import LOG, read_log
 from common.scoring import PREVALENCES
 from common.study.evaluate import intervals, load_scores
 from common.study.grid import GridRun, state, training_subset

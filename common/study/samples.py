@@ -7,7 +7,7 @@ import numpy as np
 
 from common.annotations import NORMAL, read_annotations
 from common.data import open_image
-from common.errors import ImageError
+from common.running.errors import ImageError
 from common.study.figures import panels
 
 

@@ -4,9 +4,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from common.errors import UserError
-from common.process import STOPPED
-from common.progress import say
+from common.running.errors import UserError
+from common.running.process import STOPPED
+from common.running.progress import say
 from common.study.grid import state
 from common.study.launch import LOGS
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from common.errors import ConfigError
+from common.running.errors import ConfigError
 
 LARGEST_FILE = 65536  # bytes; no config comes near it
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from common.annotations import CLASS_IMPORTANCE
-from common.synthetic_scene import BLACK, LIME, RUST, SLUDGE, Scene, video_style
+from common.sets.sewer_scene import BLACK, LIME, RUST, SLUDGE, Scene, video_style
 
 CLASSES = tuple(CLASS_IMPORTANCE)
 BRICK, BOARD = ((0.3, 0.18), (0.6, 0.25, 0.15)), ((0.07, 0.65), (0.55, 0.42, 0.25))  # half size

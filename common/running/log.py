@@ -9,7 +9,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
 from common.augmentations import MEAN, STD
-from common.errors import UserError
+from common.running.errors import UserError
 
 LOG = "log.jsonl"
 VIEWS_SHOWN = 8  # images

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import ConfigError
-from common.schema import (
+from common.running.errors import ConfigError
+from common.running.schema import (
     Count,
     InnerProportion,
     Momentum,

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.config import differences
-from common.errors import UserError
 from common.probe import LinearProbe, RunningScores
+from common.running.config import differences
+from common.running.errors import UserError
 
 FORMAT = 1
 LAST, PREVIOUS = "last.pt", "prev.pt"

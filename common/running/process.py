@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.errors import ConfigError, UserError
-from common.progress import say
-from common.run_folder import note_refused_config
+from common.running.errors import ConfigError, UserError
+from common.running.folder import note_refused_config
+from common.running.progress import say
 
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 SECONDS_FOR_OTHER_RANKS = 20

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from common import run_folder as files
 from common.annotations import count_labels, subset_text
-from common.checkpoint import (
+from common.data import batches
+from common.distributed import all_reduce_mean, all_reduce_means
+from common.rankme import embedding_std, is_collapsed
+from common.running import folder as files
+from common.running.checkpoint import (
     LAST,
     check_finite,
     check_same_run,
     load_checkpoint,
     save_checkpoint,
 )
-from common.config import identity, run_name
-from common.data import batches
-from common.distributed import all_reduce_mean, all_reduce_means
-from common.process import (
+from common.running.config import identity, run_name
+from common.running.log import RunLog, epoch_line, epoch_record
+from common.running.process import (
     Finished,
     Stopped,
     StopSignal,
@@ -26,9 +28,7 @@ from common.process import (
     report_failures_to,
     start_process,
 )
-from common.progress import Progress, clock, say
-from common.rankme import embedding_std, is_collapsed
-from common.run_log import RunLog, epoch_line, epoch_record
+from common.running.progress import Progress, clock, say
 from common.scoring import summary
 
 

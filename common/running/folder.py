@@ -19,10 +19,10 @@ import torchvision
 import yaml
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
-from common.checkpoint import LAST, PREVIOUS
-from common.config import differences
-from common.errors import UserError
-from common.schema import read_yaml
+from common.running.checkpoint import LAST, PREVIOUS
+from common.running.config import differences
+from common.running.errors import UserError
+from common.running.schema import read_yaml
 
 CONFIG, STATUS, RESULT = "config.yaml", "status.json", "result.json"
 PROVENANCE, LOCK = "provenance.json", "lock"
