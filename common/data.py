@@ -1,8 +1,11 @@
 """Datasets over image files, and the loaders of a run."""
 
 import io
+import multiprocessing
 import os
+import signal
 import warnings
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from common.augmentations import resize_squash
 from common.running.errors import ImageError, UserError
 from common.running.keyed import FILE_CHECK, keyed_rng
+from common.running.progress import say
 
 LARGEST_IMAGE = 50_000_000  # pixels; a few bytes of PNG can ask for gigabytes of memory
-LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an error
+LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an error, and
+SECONDS_AN_IMAGE = 2  # as much for each image of a batch on top, which honest work may take
 CHECKED_FILES = 64  # rows whose file is looked for before a run starts
 
 
@@ -133,21 +138,46 @@ def _collate(samples):
     return default_collate(samples)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_stop_signals(_worker):
+    """For a process whose parent answers them and ends it: a group's signal reaches all of it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def start_iteration(loader):
+    """iter(loader), whose workers are deaf to STOP_SIGNALS from their first moment on.
+
+    They inherit what is blocked while they are started, by fork, spawn and forkserver alike.
+    """
+    if loader.num_workers and multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # where it starts in between, it unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def batches(loader):
     """The loader's batches; raises the ImageError that a worker met."""
-    for batch in loader:
+    for batch in start_iteration(loader):
         if isinstance(batch, ImageError):
             raise batch
         yield batch
 
 
-def _loader(dataset, num_workers, pin_memory, **how):
+def _loader(dataset, num_workers, pin_memory, images, **how):
+    """images: of a batch."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        timeout=LOADER_TIMEOUT if num_workers else 0,
+        timeout=LOADER_TIMEOUT + SECONDS_AN_IMAGE * images if num_workers else 0,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # its own: the global one must not depend on how often we load
         **how,
     )
@@ -156,7 +186,7 @@ def _loader(dataset, num_workers, pin_memory, **how):
 def clean_loader(image_root, annotations, rows, image_size, batch_size, num_workers, pin_memory):
     """Loader of (images (B, 3, S, S) uint8, rows (B,)) in the order of `rows`, each once."""
     dataset = CleanImages(image_root, annotations, rows, image_size)
-    return _loader(dataset, num_workers, pin_memory, batch_size=batch_size)
+    return _loader(dataset, num_workers, pin_memory, batch_size, batch_size=batch_size)
 
 
 def build_loaders(image_root, train, train_sampler, crop_views, val, num_workers, device):
@@ -176,14 +206,17 @@ def build_loaders(image_root, train, train_sampler, crop_views, val, num_workers
             path = root / annotations.name(row)
             if not path.is_file():
                 raise UserError(f"{path}: not there ({annotations.place(row)})")
+    share = train_sampler.batch_size // train_sampler.world_size
     train_loader = _loader(
         TrainImages(image_root, train, crop_views),
         num_workers,
         pin_memory,
+        share,
         batch_sampler=train_sampler,
         persistent_workers=num_workers > 0,
     )
-    share = train_sampler.batch_size // train_sampler.world_size
+    if num_workers:
+        say(f"a batch that takes longer than {train_loader.timeout} s ends the run")
     val_loader = clean_loader(
         image_root, val, val_rows, crop_views.image_size, share, num_workers, pin_memory
     )
