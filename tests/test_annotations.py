@@ -115,6 +115,16 @@ def test_cells_are_read_as_programs_write_them(tmp_path):
     assert a.class_names == ("RBx",) and a.classes[:, 0].tolist() == [True, False] * 5 + [False]
 
 
+@pytest.mark.parametrize(
+    "cell", ["true.0", "1.0.0", "10", "1true", "1.00", "T", "yes", "1,0", "-1"]
+)
+def test_no_other_cell_is_read(tmp_path, cell):
+    for cells in (["1", f'"{cell}"'], ["True", f'"{cell}"'], ["", f'"{cell}"']):
+        rows = "".join(f"{i},{c}\n" for i, c in enumerate(cells))
+        with pytest.raises(UserError, match=f"Defect is '{cell}', expected 0, 1 or empty"):
+            read(tmp_path, f"Filename,Defect\n{rows}")
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_delimiters_are_told_apart_by_the_header(tmp_path, delimiter):
     others = [d for d in ",;" if d != delimiter]
@@ -174,11 +184,23 @@ def test_both_kinds_of_columns_are_said(tmp_path):
     assert said.endswith("\nvalidation: classes: none; ignored columns: none")
 
 
-def test_names_have_one_form(tmp_path):
-    names = ["./a.png", "b//c.png", "d\\e.png", ".\\f/./g..png", "h/", "...", ".i/j .png", " k"]
-    a = read(tmp_path, "Filename,Defect\n" + "".join(f"{name},0\n" for name in names))
-    normal = ["a.png", "b/c.png", "d/e.png", "f/g..png", "h", "...", ".i/j .png", " k"]
-    assert [a.name(i) for i in range(len(a))] == normal
+@pytest.mark.parametrize(
+    ("name", "normal"),
+    [
+        ("./a.png", "a.png"),
+        ("b//c.png", "b/c.png"),
+        ("d\\e.png", "d/e.png"),
+        (".\\f/./g..png", "f/g..png"),
+        ("h/", "h"),
+        ("k/.", "k"),
+        ("...", "..."),
+        (".i/j .png", ".i/j .png"),
+        (" k", " k"),
+    ],
+)
+def test_names_have_one_form(tmp_path, name, normal):
+    a = read(tmp_path, f"Filename,Defect\nx,0\n{name},0\n")
+    assert a.name(1) == normal
 
 
 def test_places_are_lines_of_the_file(tmp_path):
