@@ -16,7 +16,7 @@ import torch
 
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
-from common.data import open_image
+from common.images import open_image
 from common.metrics import all_scores
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import pos_weight
