@@ -18,7 +18,7 @@ import torch
 
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
-from common.data import open_image
+from common.images import open_image
 from common.metrics import all_scores, without_values
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
@@ -26,7 +26,7 @@ from common.running.errors import UserError
 from common.running.folder import RESULT, read_json
 from common.running.process import entry_point
 from common.running.progress import Progress
-from common.running.schema import read_yaml
+from common.running.schema import path_argument, read_yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
@@ -188,8 +188,10 @@ def picture(entries, config, val, path, columns=8):
 def main(argv=None):
     """Command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="the last one is pictured")
-    parser.add_argument("--out", default="compare.png", metavar="FILE.png")
+    parser.add_argument(
+        *("runs",), nargs="+", type=path_argument, metavar="RUN_FOLDER", help="the last is pictured"
+    )
+    parser.add_argument("--out", type=path_argument, default="compare.png", metavar="FILE.png")
     args = parser.parse_args(argv)
     entries, config, val = collect(args.runs)
     picture(entries, config, val, args.out)

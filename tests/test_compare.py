@@ -58,6 +58,17 @@ def test_a_run_without_labels_of_its_own_is_in_the_table(tmp_path, capsys):
     assert (tmp_path / "blind.png").exists()
 
 
+def test_paths_may_start_at_home_and_hold_no_control_characters(runs, monkeypatch, capsys):
+    home = runs[0].parent
+    monkeypatch.setenv("HOME", str(home))
+    main(["~/random", "~/simclr", "--out", "~/c.png"])
+    assert (home / "c.png").exists() and f"picture: {home}/c.png" in capsys.readouterr().out
+    for words in (["a\nb"], ["~/random", "--out", "a\x1b.png"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2 and "control character" in capsys.readouterr().err
+
+
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys):
     with pytest.raises(UserError, match="no finished run"):
         collect([tmp_path])

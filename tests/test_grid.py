@@ -1,5 +1,6 @@
 """Grids: which runs they are, and that these are started, stopped, gone on with and retried."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import yaml
 from conftest import ROOT, TINY
 from small import HEAD
 
+from common.running.config import load_config
 from common.running.errors import ConfigError
 from common.running.folder import read_json, write_json
 from common.study import launch
@@ -81,6 +83,62 @@ def test_the_nearer_override_wins(tmp_path):
     byol, simclr = read_grid(tmp_path / "g.yaml", ["optimization.lr=0.5", "seed=4"])
     assert (byol.cfg.optimization.lr, simclr.cfg.optimization.lr) == (0.5, 0.5)
     assert byol.cfg.seed == simclr.cfg.seed == 4
+
+
+AWKWARD = [
+    "site #4",
+    'it\'s "5"',
+    "50% {a} $HOME `b`",
+    "ü 😀 \\\\ \\n",
+    "a: [b], {c}",
+    "true",
+    "x;y|&",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_what_a_grid_says_comes_back_from_the_scripts_command_line(tmp_path, text):
+    axes = {"data.train_csv": [text], "seed": [1]}
+    path = write_grid(tmp_path / "g.yaml", a=group(axes=axes, **{"data.image_root": text}))
+    words = json.dumps(text, ensure_ascii=False)
+    run = read_grid(path, [f"run.output_dir={words}", f"run.name={words.replace('/', '')}"])[0]
+    cfg = importlib.import_module("simclr").Config
+    back = load_config(cfg, run.command()[2:])
+    assert back == run.cfg and back.data.image_root == back.data.train_csv == text
+    assert back.run.output_dir == back.run.name == text
+    plain = read_grid(path, ["run.output_dir=site #4", "seed=[1, 2]"])
+    assert {r.cfg.run.output_dir for r in plain} == {"site #4"} and len(plain) == 2
+
+
+@pytest.mark.parametrize("where", ["group", "config", "key", "value", "axis"])
+def test_control_characters_in_a_grid_are_refused(tmp_path, where):
+    text = "a\x1b[2J\nb"
+    content = {
+        "group": {text: group()},
+        "config": {"a": group([text])},
+        "key": {"a": group(**{text: 1})},
+        "value": {"a": group(**{"run.name": text})},
+        "axis": {"a": group(axes={"data.train_csv": [text]})},
+    }[where]
+    with pytest.raises(ConfigError) as error:
+        read_grid(write_grid(tmp_path / "g.yaml", **content))
+    assert "control character" in str(error.value) and "\x1b" not in str(error.value)
+    with pytest.raises(ConfigError, match="control character"):
+        read_grid(write_grid(tmp_path / "g.yaml", a=group()), [f"run.output_dir={text}"])
+
+
+def test_a_home_folder_is_expanded_in_a_grids_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text((ROOT / "configs/simclr_r18.yaml").read_text())
+    overrides = {"run.output_dir": "~/runs", "seed": 1}
+    write_grid(tmp_path / "g.yaml", a=group(["~/c.yaml"], **overrides))
+    main(["plan", "--grid", "~/g.yaml"])
+    assert "--config" in capsys.readouterr().out
+    assert read_grid("~/g.yaml")[0].folder.parent == tmp_path / "runs"
+    for option in ("--grid", "--out"):
+        with pytest.raises(SystemExit) as end:
+            main(["report", option, "a\nb"])
+        assert end.value.code == 2 and "control character" in capsys.readouterr().err
 
 
 def write_grid(path, **groups):

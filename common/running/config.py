@@ -12,6 +12,7 @@ from typing import Literal
 from common.running.errors import ConfigError
 from common.running.schema import (
     Count,
+    FilePath,
     InnerProportion,
     Momentum,
     NonNegative,
@@ -20,16 +21,17 @@ from common.running.schema import (
     Proportion,
     Share,
     build,
-    parse_yaml,
+    parse_override,
+    path_argument,
     read_yaml,
 )
 
 
 @dataclass(frozen=True)
 class Data:
-    image_root: str
-    train_csv: str
-    val_csv: str
+    image_root: FilePath
+    train_csv: FilePath
+    val_csv: FilePath
     image_size: Count  # pixels, square
     train_defect_proportion: InnerProportion | None
     fraction: Share
@@ -72,7 +74,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class RunOptions:
-    output_dir: str
+    output_dir: FilePath
     name: str | None
     compile: Literal["auto"] | bool
     val_every_epochs: Count
@@ -112,14 +114,14 @@ def _cross_checks(cfg):
 
 
 def _apply_override(values, override):
-    """`section.key=value` into the nested dict `values`; the value is parsed as YAML."""
-    dotted, equals, text = override.partition("=")
+    """`section.key=value` into the nested dict `values`."""
+    dotted, value = parse_override(override)
     *sections, key = dotted.split(".")
     for section in sections:
         values = values.setdefault(section, {}) if isinstance(values, dict) else None
-    if not equals or not key or not isinstance(values, dict):
+    if not key or not isinstance(values, dict):
         raise ConfigError(f"override '{override}': expected section.key=value")
-    values[key] = parse_yaml(text, f"override '{override}'")
+    values[key] = value
 
 
 def read_config(config_class, path, overrides=()):
@@ -151,7 +153,7 @@ def _refuse_arguments(message):
 def load_config(config_class, argv=None):
     """Command line `--config FILE.yaml [section.key=value ...]` -> a frozen config_class."""
     parser = argparse.ArgumentParser(description="Of two overrides of one key the last wins.")
-    parser.add_argument("--config", required=True, metavar="FILE.yaml")
+    parser.add_argument("--config", required=True, type=path_argument, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.error = _refuse_arguments
     args = parser.parse_intermixed_args(argv)

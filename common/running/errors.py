@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
 
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # no path and no name may hold one
 REMEDY = "Lower optimization.lr, or use optimization.precision=bf16 or fp32"  # of what overflows
 
 

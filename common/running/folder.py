@@ -126,7 +126,7 @@ def note_refused_config(values, why):
     parent, name = options.get("output_dir"), options.get("name")
     if not (isinstance(parent, str) and isinstance(name, str) and name == Path(name).name != ".."):
         return
-    folder = Path(parent) / name
+    folder = Path(os.path.expanduser(parent)) / name
     state = (read_json(folder / STATUS) or {}).get("state", "queued")
     if not holds_work(folder) and state in ("queued", "failed"):
         with contextlib.suppress(OSError):

@@ -77,7 +77,7 @@ class Run:
         self._subset = train, rows
         self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
         self.counts = count_labels(train.defect[rows])
-        say(f"{self.folder}\n{subset_text(**self.counts, validation=len(val))}")
+        say(f"{self.folder}\n{subset_text(**self.counts, train=train, val=val)}")
 
     def resume(self, state, steps_per_epoch):
         """Restore the newest checkpoint, if any, into state (a TrainState); open the logs."""

@@ -8,6 +8,7 @@ from collections import Counter
 
 from common.running.errors import UserError
 from common.running.progress import say
+from common.running.schema import path_argument
 from common.study.cost import TimeLeft
 from common.study.grid import read_grid, state
 from common.study.launch import Launcher, calibrate, gpu_ids, log_path, tail
@@ -65,7 +66,7 @@ def _count(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
     parser.add_argument("command", choices=["plan", "run", "status", "report"])
-    parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
+    parser.add_argument("--grid", type=path_argument, default=GRID, metavar="FILE.yaml")
     parser.add_argument(
         *("--jobs",), type=_count, default=1, help="runs at a time, each with its own GPU"
     )
@@ -78,7 +79,9 @@ def main(argv=None):
         "--only", action="append", metavar="NAME", help="only these runs: 'simclr_*'; repeatable"
     )
     parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
-    parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")
+    parser.add_argument(
+        *("--out",), type=path_argument, default="report", metavar="FOLDER", help="report: where to"
+    )
     parser.add_argument(
         "--probe", choices=["online", "offline"], default="online", help="report: whose scores"
     )
