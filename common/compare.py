@@ -21,10 +21,10 @@ from common.metrics import all_scores
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import pos_weight
 from common.running.errors import UserError
-from common.running.folder import RESULT, read_json
 from common.running.process import entry_point
 from common.running.progress import Progress
 from common.running.schema import read_yaml
+from common.running.standing import read_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
@@ -47,9 +47,7 @@ class Entry(NamedTuple):
 def read_run(folder):
     """(config, result, validation arrays) of a finished run."""
     folder = Path(folder)
-    result = read_json(folder / RESULT)
-    if result is None:
-        raise UserError(f"{folder}: no {RESULT}, so no finished run")
+    result = read_result(folder)
     with np.load(folder / "val_scores.npz") as stored:
         return read_yaml(folder / "config.yaml"), result, dict(stored)
 
