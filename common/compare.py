@@ -23,10 +23,10 @@ from common.metrics import all_scores, without_values
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
 from common.running.errors import UserError
-from common.running.folder import RESULT, read_json
 from common.running.process import entry_point
 from common.running.progress import Progress
 from common.running.schema import path_argument, read_yaml
+from common.running.standing import read_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
@@ -54,9 +54,7 @@ class Entry(NamedTuple):
 def read_run(folder):
     """(config, result, validation arrays) of a finished run."""
     folder = Path(folder)
-    result = read_json(folder / RESULT)
-    if result is None:
-        raise UserError(f"{folder}: no {RESULT}, so no finished run")
+    result = read_result(folder)
     with np.load(folder / "val_scores.npz") as stored:
         return read_yaml(folder / "config.yaml"), result, dict(stored)
 

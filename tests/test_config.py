@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, python
 
 import simclr
-from common.running.config import load_config, read_config, run_name
+from common.running.config import differences, load_config, read_config, run_name
 from common.running.errors import ConfigError
 from common.running.folder import note_refused_config
 from common.running.schema import parse_override, parse_yaml
@@ -201,3 +201,34 @@ def test_a_typo_ends_with_one_sentence_and_a_status(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "simclr_r18.yaml" in done.stderr and "optimization.lrr" in done.stderr
     assert '"failed"' in (tmp_path / "typo" / "status.json").read_text()
+
+
+def test_a_key_that_is_null_changes_no_name_and_makes_no_difference():
+    cfg = load("data.image_root=i", "data.train_csv=t", "data.val_csv=v")
+    name = "simclr_resnet18_p45_s42_12df36f3"  # of this release and later ones
+    assert run_name(cfg) == name
+
+    later = dataclasses.make_dataclass(
+        "Later", [("more", dict), ("null", object)], bases=(simclr.Config,), frozen=True
+    )
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    assert run_name(later(**values, more={"a": None, "b": {"c": None}}, null=None)) == name
+    assert run_name(later(**values, more={"a": 0}, null=None)) != name
+    assert run_name(later(**values, more={}, null=False)) != name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ({}, {"a": None}, []),
+        ({"a": {"b": None}}, {"c": None}, []),
+        ({"a": None}, {"a": {"b": {"c": None}}}, []),
+        ({"a": None}, {"a": {"b": 1}}, ["a.b: null -> 1"]),
+        ({"a": {"b": 1}}, {}, ["a.b: 1 -> null"]),
+        ({"a": 0}, {}, ["a: 0 -> null"]),
+        ({"a": {"b": 1}}, {"a": 3}, ['a: {"b": 1} -> 3']),
+        ({"a": 3}, {"a": {}}, ["a: 3 -> {}"]),
+    ],
+)
+def test_what_differs_between_two_configs(old, new, lines):
+    assert differences(old, new) == lines

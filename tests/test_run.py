@@ -20,8 +20,9 @@ from small import arguments, outcome, run
 import simclr
 from common.offline_probe import apply_probe
 from common.running.checkpoint import TrainState, read_checkpoint
-from common.running.config import identity, load_config
-from common.running.folder import open_folder, read_json
+from common.running.config import load_config
+from common.running.folder import read_json
+from common.running.standing import open_folder
 
 METHOD = "simclr"
 
@@ -185,7 +186,7 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
 def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):
     argv = arguments(METHOD, tiny_set, tmp_path, "locked")
     cfg = load_config(simclr.Config, argv)
-    lock, _ = open_folder(tmp_path / "locked", identity(cfg, False), identity(cfg, True))
+    lock, _ = open_folder(tmp_path / "locked", cfg)
     done = python("simclr.py", *argv)
     lock.close()
     assert done.returncode == 2 and f'"pid": {os.getpid()}' in done.stderr

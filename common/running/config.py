@@ -162,33 +162,49 @@ def load_config(config_class, argv=None):
 
 def identity(cfg, with_paths):
     """The config as nested dicts, less the keys that change no number; data paths if asked for."""
-    values = dataclasses.asdict(cfg)
-    for section, keys in NOT_IDENTITY.items():
-        for key in keys:
-            del values[section][key]
-    if not with_paths:
-        for key in PATHS:
-            del values["data"][key]
-    return values
+    return identity_of(dataclasses.asdict(cfg), with_paths)
+
+
+def identity_of(values, with_paths):
+    """The same of a config that was read back: nested dicts, maybe of another release."""
+    left_out = NOT_IDENTITY if with_paths else NOT_IDENTITY | {"data": NOT_IDENTITY["data"] + PATHS}
+    return {
+        section: {k: v for k, v in content.items() if k not in left_out.get(section, ())}
+        if isinstance(content, dict)
+        else content
+        for section, content in values.items()
+    }
+
+
+def without_nulls(values):
+    """Nested dicts less the keys that are null and the sections that hold no other."""
+    if not isinstance(values, dict):
+        return values
+    kept = {key: without_nulls(value) for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {})}
 
 
 def differences(old, new, path=""):
-    """Lines `section.key: old -> new` for two nested dicts."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
+    """Lines `section.key: old -> new` for two nested dicts. A missing key is a null one."""
+    kinds = {type(old), type(new)}
+    if dict not in kinds or not kinds <= {dict, type(None)}:
         return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
-    lines = []
+    old, new, lines = old or {}, new or {}, []
     for key in dict.fromkeys([*old, *new]):
         lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return lines
 
 
 def run_name(cfg):
-    """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>."""
+    """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>.
+
+    Keys that are null do not count: one that a later release adds leaves a study's names alone.
+    """
     if cfg.run.name is not None:
         return cfg.run.name
     proportion = cfg.data.train_defect_proportion
     p = "all" if proportion is None else f"{100 * proportion:g}"
-    text = json.dumps(identity(cfg, with_paths=True), sort_keys=True)
+    text = json.dumps(without_nulls(identity(cfg, with_paths=True)), sort_keys=True)
     method = "random" if cfg.run.frozen_encoder else cfg.method
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{method}_{cfg.backbone}_p{p}_s{cfg.seed}_{digest}"

@@ -1,5 +1,6 @@
 """Progress with time left: a bar on a terminal, else a plain line every half minute."""
 
+import functools
 import os
 import sys
 import time
@@ -22,6 +23,12 @@ def say(text):
     """A line to the terminal, above any bar; rank 0 only."""
     if speaks():
         tqdm.write(text, file=sys.stderr)
+
+
+@functools.cache
+def say_once(text):
+    """`say`, the first time that a process has to say it."""
+    say(text)
 
 
 def clock(seconds):

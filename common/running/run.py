@@ -10,6 +10,7 @@ from common.data import batches
 from common.distributed import all_reduce_mean, all_reduce_means
 from common.rankme import embedding_std, is_collapsed
 from common.running import folder as files
+from common.running import provenance, standing
 from common.running.checkpoint import (
     LAST,
     check_finite,
@@ -59,8 +60,7 @@ class Run:
 
     def _open(self):
         """Take the folder. Returns whether it holds the finished run."""
-        configs = (identity(self.cfg, with_paths) for with_paths in (False, True))
-        self._lock, finished = files.open_folder(self.folder, *configs)
+        self._lock, finished = standing.open_folder(self.folder, self.cfg)
         files.set_status(self.folder, "finished" if finished else "running")
         return finished
 
@@ -101,7 +101,7 @@ class Run:
             if saved is None:
                 files.write_subset(self.folder, *self._subset)
             files.write_config(self.folder, dataclasses.asdict(self.cfg))
-            files.add_provenance(self.folder, self.place, self.cfg.seed, self.step, self.data_sha)
+            provenance.add(self.folder, self.cfg, self.place, self.step, self.data_sha)
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
@@ -122,10 +122,9 @@ class Run:
             yield self.step, batch
 
     def note(self, **numbers):
-        """More about this step than all methods share, logged as means over ranks.
+        """More about this step: floats or scalar tensors of this rank, logged as means over ranks.
 
-        numbers: floats or scalar tensors of this rank. `collapsed`: 1 where the method itself sees
-        that its output no longer depends on the image.
+        `collapsed`: 1 where the method itself sees that its output no longer depends on the image.
         """
         self._notes = numbers
 

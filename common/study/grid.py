@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.annotations import read_annotations
-from common.running.config import read_config, run_name
+from common.running.config import differences, read_config, run_name
 from common.running.errors import ConfigError
 from common.running.folder import LOCK, RESULT, STATUS, read_json
 from common.running.schema import build, parse_override, read_yaml
+from common.running.standing import standing, try_lock
 from common.sampler import imbalanced_indices
 
 
@@ -90,7 +91,9 @@ def read_grid(path, overrides=()):
                 run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
                 same = runs.get(run.name, run)
                 if cfg != same.cfg:
-                    raise ConfigError(f"two different runs are named {run.name}")
+                    values = map(dataclasses.asdict, (same.cfg, cfg))
+                    changed = "; ".join(differences(*values)[:3])
+                    raise ConfigError(f"two different runs are named {run.name} ({changed})")
                 groups_of = dict.fromkeys((*same.groups, name))
                 runs[run.name] = dataclasses.replace(run, groups=tuple(groups_of))
         except ConfigError as error:  # the group's other runs have the same mistake
@@ -132,12 +135,17 @@ def _resolve(config, overrides):
 
 
 def state(run):
-    """finished, running, preempted, failed or queued; and why, where status.json says so."""
-    if (run.folder / RESULT).exists():
-        return "finished", None
-    status = read_json(run.folder / STATUS) or {}
-    if is_held(run.folder / LOCK):
+    """finished, refused, running, preempted, failed or queued; and why, where that is known.
+
+    refused: the folder holds another run, or a damaged one; see `standing`.
+    """
+    held = is_held(run.folder / LOCK)
+    at, why = standing(run.folder, run.cfg, held)
+    if at is not None:
+        return at, why
+    if held:
         return "running", None
+    status = read_json(run.folder / STATUS) or {}
     at, why = status.get("state", "queued"), status.get("why")
     if at == "running":  # nobody holds it: it was killed
         return "preempted", "killed"
@@ -150,12 +158,9 @@ def is_held(path):
     """Whether another process holds the lock file."""
     try:
         with open(path) as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+            return not try_lock(fcntl.lockf, file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
 
 
 _annotations = functools.lru_cache(maxsize=2)(read_annotations)

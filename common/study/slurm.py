@@ -41,9 +41,14 @@ def submit(runs, jobs, command, extra):
     """Hand what is not finished to sbatch. Returns the job's number.
 
     runs: GridRuns; jobs: tasks at a time; command: words that start one run when `--only NAME` is
-    added; extra: words for sbatch, such as --gres=gpu:1. Raises UserError with sbatch's own words.
+    added; extra: words for sbatch, such as --gres=gpu:1. Raises UserError where a run is refused,
+    or with sbatch's own words.
     """
-    left = [run for run in runs if state(run)[0] != "finished"]
+    states = {run: state(run) for run in runs}
+    left = [run for run, (at, _) in states.items() if at not in ("finished", "refused")]
+    refused = [f"{run.name}: {why}" for run, (at, why) in states.items() if at == "refused"]
+    if refused:
+        raise UserError("\n  ".join(["nothing is submitted while a run is refused:", *refused]))
     if not left:
         say("every run is finished")
         return None
