@@ -17,7 +17,7 @@ import torch
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
 from common.data import open_image
-from common.metrics import all_scores
+from common.metrics import METRICS, all_scores
 from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
 from common.probe import pos_weight
 from common.running.errors import UserError
@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen
 
 THUMBNAIL = 16  # pixels
 SHOWN = ("f1", "auroc", "average_precision")
-LABELS = ("F1", "AUROC", "average precision")
+LABELS = tuple(map(METRICS.get, SHOWN))
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
 BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73")
 
