@@ -25,6 +25,8 @@ def project(tmp_path_factory):
     script = (ROOT / "simclr.py").read_text()
     changed = (('Literal["simclr"]', 'Literal["mine"]'), ("class SimCLR(", "class Mine("))
     changed += (("= SimCLR(", "= Mine("), ("    temperature: Positive\n", ""))
+    changed += (('Literal["resnet18", "vit_tiny"]', 'Literal["my_net"]'),)
+    changed += (("cfg.backbone, data.image_size", '"resnet18", data.image_size'),)
     changed += (("*z.float(), ssl.temperature", "*z.float(), 0.5"),)
     for old, new in changed:
         assert old in script
@@ -32,6 +34,7 @@ def project(tmp_path_factory):
     (folder / "mine.py").write_text(script)
     config = (ROOT / "configs/simclr_r18.yaml").read_text()
     config = config.replace("method: simclr", "method: mine").replace("  temperature: 0.2\n", "")
+    config = config.replace("backbone: resnet18", "backbone: my_net")
     (folder / "configs/mine.yaml").write_text(config)
     return folder
 
@@ -52,7 +55,7 @@ def test_a_fork_runs_in_a_grid_and_appears_in_the_report(project, tiny_set):
 
     door("run")
     assert door("status").startswith("2 finished\n")
-    (folder,) = (project / "runs").glob("mine_resnet18_p25_s1_*")
+    (folder,) = (project / "runs").glob("mine_my_net_p25_s1_*")
     assert (folder / "script.py").read_bytes() == (project / "mine.py").read_bytes()
     assert read_json(folder / "result.json")["method"] == "mine"
     door("report")
