@@ -188,6 +188,13 @@ def all_scores(logits, labels, classes, class_names, prevalence=None):
     return scores | {"undefined": undefined}
 
 
+def without_values(scores, why):
+    """The same with every score None, for the reason why; n and n_defect stay."""
+    counts = {name: scores[name] for name in ("n", "n_defect")}
+    names = [name for name in scores if name not in (*counts, "undefined")]
+    return dict.fromkeys(names) | counts | {"undefined": dict.fromkeys(names, why)}
+
+
 def at_prevalence(logits, labels, prevalence, classes=None, class_names=()):
     """all_scores at another prevalence, without a new pass: the rates stay, their mix changes."""
     if classes is None:

@@ -10,9 +10,13 @@ from conftest import on_ranks, python
 from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step, stop_at
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 import mae
+from common.annotations import read_annotations
+from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
+from common.data import TrainImages
 from common.probe import RunningScores
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
@@ -309,8 +313,36 @@ def test_a_random_encoder_stays_random(method, backbone, tmp_path, tiny_set):
     fresh, _ = build_backbone(backbone, 32, 8 if backbone == "vit_tiny" else None)
     if method == "mae":  # draws first weights of its own
         fresh = mae.MAE(fresh, 0.75, 32, 1, 4, "class_token").backbone
-    for name, tensor in fresh.state_dict().items():
+    for name, tensor in fresh.named_parameters():
         assert torch.equal(tensor, saved["model"][f"backbone.{name}"]), name
+    # Only its BatchNorm statistics have moved, and far enough: 50 batches of one view or two.
+    views = 1 if method == "supervised" else 2
+    for name, tensor in fresh.named_buffers():
+        now = saved["model"][f"backbone.{name}"]
+        if name.endswith("num_batches_tracked"):
+            assert now == views * 53
+        assert not torch.equal(tensor, now), name
+
+
+def test_a_random_encoders_statistics_are_those_of_the_data(tmp_path, tiny_set):
+    """Untouched (mean 0, variance 1) they would make it a network without normalisation."""
+    quick = ["optimization.epochs=1", "run.frozen_encoder=true", "data.image_size=48"]
+    folder = run("simclr", tmp_path, tiny_set, "frozen", *quick)
+    backbone, _ = build_backbone("resnet18", 48)
+    saved = read_checkpoint(folder / "last.pt")["model"]
+    own = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
+    backbone.load_state_dict(own)
+    overrides = dict(text.partition("=")[::2] for text in tiny_set)
+    train = read_annotations(overrides["data.train_csv"])
+    crops = CropViews(48, 0.395, 0.275, 0.5, 2, 42)
+    images = TrainImages(overrides["data.image_root"], train, crops)
+    batch = default_collate([images[7, row] for row in range(64)])
+    with torch.no_grad():
+        view = ColorJitterNormalize(42)(batch.views, batch.factors, 0)[0]
+        evaluated = backbone.eval()(view)
+        normalised = backbone.train()(view)
+    ratio = float(evaluated.std(dim=0).mean() / normalised.std(dim=0).mean())
+    assert 0.7 < ratio < 1.4  # .2 with untouched statistics
 
 
 def torchrun(*args):

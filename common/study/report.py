@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections import Counter
 from pathlib import Path
 
 from common.running.errors import UserError
@@ -88,6 +89,8 @@ def write_report(runs, folder, probe="online", draws=0):
     page = Page(folder)
     notes = NOTES.format(probe=probe)
     page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
+    for note, n in Counter(e.note for e in finished if e.note).items():
+        page.parts.append(f"<p>{n} of these {html.escape(note)}</p>")
 
     def of(group):
         return [e for e in finished if group in e.run.groups]
