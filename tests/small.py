@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
+import signal
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from common.metrics import all_scores
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json, write_config, write_json
 from common.running.provenance import csv_hashes
+from common.running.run import Run
 
 HEAD = ["ssl_settings.proj_hidden_dim=32", "ssl_settings.proj_output_dim=16"]
 OVERRIDES = {
@@ -57,6 +60,18 @@ def read_log(folder, kind=None):
     """Records of log.jsonl, all or of one kind."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [record for record in log if kind in (None, record["kind"])]
+
+
+def stop_at(monkeypatch, at):
+    """Let a SIGTERM arrive in that step."""
+    original = Run.end_step
+
+    def stopping(self, *args):
+        if self.step + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Run, "end_step", stopping)
 
 
 TIMES = ("seconds", "samples_per_second")  # all that may differ

@@ -1,15 +1,13 @@
 """What holds for each of the six methods, and what makes their runs comparable."""
 
 import importlib
-import os
-import signal
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import on_ranks, python
-from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step
+from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step, stop_at
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
@@ -22,7 +20,6 @@ from common.data import TrainImages
 from common.probe import RunningScores
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
-from common.running.run import Run
 
 
 def inputs(n=8, size=32, seed=3):
@@ -193,34 +190,6 @@ def test_the_teachers_numbers_are_in_the_log(finished):
     assert read_log(finished("simclr")[0], "step")[0]["diagnostics"] == {}
 
 
-STORED_LOSSES = {
-    "simclr": [3.6720, 3.2267, 3.4996, 3.3949, 3.3720, 3.3368],
-    "byol": [3.4938, 3.2004, 3.2044, 3.3595, 2.9953, 3.2605],
-    "barlow": [0.4591, 0.3429, 0.3660, 0.3966, 0.3798, 0.2601],
-    "dino": [4.7711, 5.3259, 4.7120, 5.0843, 4.8647, 5.2024],
-    "mae": [1.2877, 1.2171, 1.1754, 1.1295, 1.1015, 1.0883],
-    "supervised": [0.9244, 0.8604, 0.4300, 0.2461, 0.1531, 0.0732],
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_first_losses_are_as_stored(method, finished):
-    losses = [record["loss"] for record in read_log(finished(method)[0], "step")]
-    assert losses == pytest.approx(STORED_LOSSES[method], rel=2e-3)
-
-
-def stop_at(monkeypatch, at):
-    """Let a SIGTERM arrive in that step."""
-    original = Run.end_step
-
-    def stopping(self, *args):
-        if self.step + 1 == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    monkeypatch.setattr(Run, "end_step", stopping)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_goes_on_bit_for_bit(method, finished, tmp_path, tiny_set, monkeypatch):
     """SIGTERM in mid-epoch and at an epoch's last step; then the same command."""
@@ -306,10 +275,15 @@ def test_a_gradient_scaler_changes_nothing(method, finished, tmp_path, tiny_set,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_trains(method, tmp_path, tiny_set):
-    folder = run(method, tmp_path, tiny_set, "bf16", "optimization.precision=bf16")
-    losses = [record["loss"] for record in read_log(folder, "step")]
-    assert losses == pytest.approx(STORED_LOSSES[method], rel=0.2)
+def test_bf16_trains(method, finished, tmp_path, tiny_set, monkeypatch):
+    """As fp32 does on the same machine: apart by rounding (8 bits) and its growth."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run(method, tmp_path, tiny_set, "bf16", "optimization.precision=bf16")
+    folders = tmp_path / "bf16", finished(method)[0]
+    half, single = ([record["loss"] for record in read_log(f, "step")][:3] for f in folders)
+    assert half[0] == pytest.approx(single[0], rel=0.02) and half[0] != single[0]
+    assert half == pytest.approx(single, rel=0.2)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, on_ranks, python, write_set
-from small import arguments, outcome, run
+from small import arguments, outcome, run, stop_at
 
 import simclr
 from common.offline_probe import apply_probe
@@ -69,18 +69,6 @@ def test_a_finished_run_is_left_alone(finished, tmp_path, tiny_set, capsys):
     with pytest.raises(SystemExit) as stop:
         run(METHOD, finished.parent, tiny_set, "whole", "optimization.lr=0.1")
     assert stop.value.code == 2 and "optimization.lr: 0.3 -> 0.1" in capsys.readouterr().err
-
-
-def stop_at(monkeypatch, step):
-    """Let a SIGTERM arrive in that step."""
-    original = simclr.Run.end_step
-
-    def stopping(self, *args, **kwargs):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(simclr.Run, "end_step", stopping)
 
 
 @pytest.mark.parametrize("steps", [(1,), (2, 3, 5)])
