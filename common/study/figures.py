@@ -6,8 +6,9 @@ import matplotlib
 import numpy as np
 
 from common.metrics import METRICS
+from common.study.measures import MEASURES, measure_of
 from common.study.results import PREVALENCES, estimate, settings
-from common.study.tables import MEASURES, backbone_name, in_print, measure_of, percent, setting
+from common.study.tables import backbone_name, in_print, percent, setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)

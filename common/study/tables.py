@@ -10,25 +10,14 @@ from common.study.results import (
     Estimate,
     beside,
     estimate,
-    kendall,
     paper_values,
-    regret,
     settings,
-    spearman,
 )
 from common.study.table import Table
 
 OF_FIGURE_2 = ("f1", "f2_ciw", "f1_normal")
 OF_TABLES = (*OF_FIGURE_2, "precision", "recall")
 BACKBONES = {"resnet18": "ResNet-18", "vit_tiny": "ViT-Tiny"}
-MEASURES = {  # label-free, key in result.json's label_free: name in print
-    "rankme_embeddings": "RankMe of embeddings",
-    "rankme_embeddings_centred": "RankMe of embeddings, centred",
-    "rankme_features": "RankMe of features",
-    "rankme_features_centred": "RankMe of features, centred",
-    "std_embeddings": "std of embeddings",
-    "std_features": "std of features",
-}
 SETTING = ("backbone", "method", "defects in training")
 
 
@@ -88,6 +77,30 @@ def performance(finished, split):
         "the random ViT's too. Scores are binary, defect or normal: easier than, and not "
         "comparable with, the 17-class benchmark of Sewer-ML.",
         (*SETTING, "seeds", *_header(METRICS, OF_TABLES)),
+        rows,
+    )
+
+
+def probes(finished, metric="auroc"):
+    """One score by all three probes: how much of a difference is labels, how much features."""
+    rows = []
+    for key, entries in settings(finished, setting).items():
+        found = []
+        for split in ("val", "val_offline", "val_offline_fixed"):
+            values = [e.result.get(split, {}).get(metric) for e in entries]
+            values = [value for value in values if value is not None]
+            found.append(float(np.mean(values)) if values else None)
+        rows.append([*in_print(*key), len(entries), *found])
+    name = METRICS[metric]
+    return Table(
+        "probes",
+        f"{name} by probe",
+        f"{name} on clean validation images, as they are, mean over seeds. online: the study's, "
+        "learned beside the encoder. offline: a regression to convergence on the run's own "
+        "labelled rows, so with few defects it has few to learn from. offline, fixed: the same on "
+        "one labelled set for all runs, all labelled rows of the training CSV (of more than "
+        "50,000 a sample): only the features differ.",
+        (*SETTING, "seeds", "online", "offline", "offline, fixed"),
         rows,
     )
 
@@ -174,53 +187,6 @@ def resolution(finished):
         (*SETTING, "pixels", "F1", "F1, paper", "F1, difference", "minutes an epoch"),
         rows,
     )
-
-
-def measures(finished):
-    """How well each label-free measure tells good runs from bad: rank correlation and regret.
-
-    Within each method and backbone (whose runs differ in proportion and seed), and over all trained
-    runs. RankMe is divided by the largest that its matrix could have, so that embeddings of
-    different widths can be pooled.
-    """
-    trained = [e for e in finished if e.result["method"] != "random"]
-    groups = {("all", "all trained"): trained}
-    groups |= settings(finished, lambda e: (e.backbone, e.method))
-    rows = []
-    for (backbone, method), entries in groups.items():
-        for key, name in MEASURES.items():
-            for split in ("train", "val"):
-                f1 = [e.at()["f1"] if split == "val" else e.result[split]["f1"] for e in entries]
-                pairs = zip(map(measure_of(key), entries), f1, strict=True)
-                pairs = [pair for pair in pairs if None not in pair]
-                x, y = zip(*pairs, strict=True) if pairs else ((), ())
-                row = [backbone_name(backbone), method, name, split, len(x)]
-                rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
-    return Table(
-        "label_free",
-        "Label-free measures against F1, in numbers",
-        "Rank correlation over runs of each measure, on clean validation images, with F1 on "
-        f"training views (the online probe's) and on validation (the {finished[0].probe} probe's), "
-        "and the F1 that is lost by picking the run with the highest measure. Over all runs RankMe "
-        "counts as a share of its largest value. Embeddings are the projector's output; supervised "
-        "and MAE, which have none, have their features there. Fewer than three runs give no "
-        "correlation.",
-        ("backbone", "method", "measure", "F1 of", "runs", "Spearman", "Kendall", "regret"),
-        rows,
-    )
-
-
-def measure_of(key):
-    """A function Finished -> that measure; RankMe as a share of the largest it could be."""
-    of = key.removesuffix("_centred")
-
-    def value(entry):
-        label_free = entry.result["label_free"]
-        if not key.startswith("rankme") or label_free.get(key) is None:
-            return label_free.get(key)
-        return label_free[key] / label_free[f"{of}_largest"]
-
-    return value
 
 
 def class_recall(finished):
