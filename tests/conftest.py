@@ -2,7 +2,6 @@
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+PATIENCE = 1800  # seconds: only what hangs takes as long, however busy the machine
 
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
 
@@ -83,29 +84,20 @@ def python(*args, **kwargs):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         **kwargs,
     )
 
 
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _rank(rank, world_size, port, function, args, folder):
+def _rank(rank, world_size, folder, function, args):
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.distributed.init_process_group("gloo")
+    # As torchrun has them; but the ranks meet in a file, because a port may be taken meanwhile.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "unused"}
+    store = torch.distributed.FileStore(str(folder / "store"), world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
-        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+        torch.save(function(*args), folder / f"{rank}.pt")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -115,7 +107,8 @@ def on_ranks(world_size, folder, function, *args):
     """function(*args) on gloo ranks; returns what each rank returned. It must be importable."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    mp.spawn(_rank, (world_size, free_port(), function, args, folder), nprocs=world_size)
+    (folder / "store").unlink(missing_ok=True)  # of an earlier call
+    mp.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

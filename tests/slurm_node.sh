@@ -45,7 +45,7 @@ CONF
 mkdir "$dir/state" "$dir/spool"
 slurmctld -f "$SLURM_CONF"
 slurmd -f "$SLURM_CONF"
-for _ in $(seq 60); do
+for _ in $(seq 600); do
     sinfo -h -o %T 2>/dev/null | grep -q idle && break
     sleep 1
 done

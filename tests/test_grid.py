@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import PATIENCE, ROOT, TINY
 from small import HEAD, make_up
 
 from common.running.config import load_config
@@ -236,12 +237,22 @@ def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(tmp_pat
     runs = read_grid(path)
     first = door("run", "--grid", path)
     second = door("run", "--grid", path)  # at the same time: takes the other run
-    deadline = time.monotonic() + 120
-    while not all((run.folder / "log.jsonl").exists() for run in runs):
-        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
-    second.send_signal(signal.SIGINT)
+    deadline, paused = time.monotonic() + PATIENCE, {}
+    try:
+        while len(paused) < 2:  # who starts first waits, or it might end before the other starts
+            assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+            for run in runs:
+                if run.name not in paused and (run.folder / "log.jsonl").exists():
+                    paused[run.name] = read_json(run.folder / "lock")["pid"]
+                    os.kill(paused[run.name], signal.SIGSTOP)
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        second.send_signal(signal.SIGINT)
+        for process in (first, second):
+            assert any("waiting for 1 to save" in line for line in process.stdout)
+    finally:
+        for pid in paused.values():
+            os.kill(pid, signal.SIGCONT)
     assert first.wait() == second.wait() == 75
     assert [state(run)[0] for run in runs] == ["preempted", "preempted"]
     steps = [read_json(run.folder / "provenance.json")["step"] for run in runs]
@@ -278,13 +289,15 @@ class Child:
     """A process that ends at once; what it was started with is kept."""
 
     started: list = []
+    meeting = None  # a threading.Barrier: it ends where as many run at once
 
     def __init__(self, words, env, **_):
         self.words, self.env, self.pid = words, env, os.getpid()
         Child.started.append(self)
 
     def wait(self):
-        time.sleep(0.1)
+        if self.meeting:
+            self.meeting.wait(PATIENCE)
         return 3
 
 
@@ -311,6 +324,22 @@ def test_a_fault_is_tried_again_and_then_told(pretended, capfd):
     assert "out of memory" in said and all(f"failed: {run.name}" in said for run in runs)
 
 
+def test_a_status_is_of_this_start_where_it_has_changed(pretended, monkeypatch):
+    """Its time may be another machine's, whose clock is behind."""
+    runs, started = pretended
+
+    def wait(self):
+        path = runs[0].folder / "status.json"
+        write_json(path, {"state": "failed", "retryable": False})
+        os.utime(path, (1000, 1000))
+        return 3
+
+    monkeypatch.setattr(Child, "wait", wait)
+    runs[0].folder.mkdir(parents=True)
+    assert launch.Launcher(runs[:1]).run() == 3
+    assert len(started) == 1
+
+
 def test_what_goes_wrong_in_the_launcher_is_a_failure(pretended, monkeypatch, capfd):
     runs, _ = pretended
 
@@ -325,6 +354,7 @@ def test_what_goes_wrong_in_the_launcher_is_a_failure(pretended, monkeypatch, ca
 def test_each_run_gets_its_own_gpus_of_those_that_are_there(pretended, monkeypatch):
     runs, started = pretended
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(Child, "meeting", threading.Barrier(2))
     launch.Launcher(runs, jobs=2, nproc=2, gpus=launch.gpu_ids()).run()
     assert {child.env["CUDA_VISIBLE_DEVICES"] for child in started} == {"4,5", "6,7"}
     assert all("--nproc_per_node=2" in child.words for child in started)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, on_ranks, python, write_set
+from conftest import PATIENCE, ROOT, on_ranks, python, write_set
 from small import arguments, outcome, run, stop_at
 
 import simclr
@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, tiny_set, monkeyp
 
 def wait_for(condition, process):
     """Until condition() holds, while the process runs."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -352,7 +352,9 @@ def test_a_part_of_torchruns_environment_is_one_sentence(tmp_path, tiny_set, lef
     argv = arguments(METHOD, tiny_set, tmp_path, "left")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | left
     command = [sys.executable, "simclr.py", *argv]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert all(f"{name}={value}" in done.stderr for name, value in left.items())
@@ -382,7 +384,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(tmp_path, tin
     log = tmp_path / "group/log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
     assert "Traceback" not in said and "killed" not in said
     assert read_json(tmp_path / "group/status.json")["state"] == "preempted"
@@ -414,7 +416,7 @@ def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "hang.py"), *argv],
-        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 300},
+        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": PATIENCE},
     )
     assert done.returncode == 3, done.stderr
     assert "longer than 9.0 s ends the run" in done.stderr  # 1 s, and .5 s an image of 16

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from test_grid import LONGER, door, group, small_grid, write_grid
 
 from common.running.folder import read_json
@@ -25,8 +25,8 @@ def needs_slurm():
         pytest.skip("no Slurm: see make test-slurm")
 
 
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.5)

@@ -104,10 +104,10 @@ class Launcher:
         """Start a run, again where it is worth it."""
         for _ in range(TRIES):
             say(f"{time.strftime('%H:%M:%S')} {run.name}: {state(run)[0]}, log in {log_path(run)}")
-            started, status = time.time(), run.folder / STATUS
+            before = _written(run.folder / STATUS)
             code = self._start(run, place)
-            of_this_start = status.exists() and status.stat().st_mtime >= started
-            told = (read_json(status) or {}) if of_this_start else {}
+            of_this_start = _written(run.folder / STATUS) != before
+            told = (read_json(run.folder / STATUS) or {}) if of_this_start else {}
             if told.get("state") == "preempted":  # torchrun has exit codes of its own
                 code = STOPPED
             ends = code in (DONE, STOPPED, USER_ERROR) or told.get("retryable") is False
@@ -159,6 +159,11 @@ def gpu_ids():
     if given is not None:
         return [name for name in given.split(",") if name]
     return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _written(path):
+    """When a file was written, by whatever clock; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def log_path(run):
