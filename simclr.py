@@ -24,7 +24,7 @@ from common.backbones import build_backbone
 from common.data import build_loaders
 from common.distributed import all_gather_with_grad, mixed_precision, to_device, wrap
 from common.optim import build_optimizer, set_lr
-from common.probe import LinearProbe, pos_weight
+from common.probe import LinearProbe, pos_weight, settle_batchnorm
 from common.running.checkpoint import TrainState
 from common.running.config import Augmentation, Data, Optimization, Probe, RunOptions, load_config
 from common.running.process import entry_point
@@ -57,6 +57,11 @@ class Config:
     run: RunOptions
     patch_size: Count | None = None  # pixels, vit_tiny only; null: the backbone's own, 16
     num_heads: Count | None = None  # vit_tiny only; null: the backbone's own, 3
+
+    def problems(self):
+        """Sentences about values that do not go together."""
+        if self.optimization.batch_size < 2:
+            yield "optimization.batch_size: 1 leaves an image no other to be told apart from"
 
 
 # =============================== loss ===============================
@@ -139,33 +144,31 @@ def main(argv=None):
     model = SimCLR(backbone, feature_dim, ssl.proj_hidden_dim, ssl.proj_output_dim)
 
     # --- shared: optimisation ---
-    model = to_device(model, run.device)  # channels_last and SyncBatchNorm where they apply
+    model = to_device(model, run.device, opt.batch_size)  # channels_last, SyncBatchNorm
+    decay = opt.weight_decay, opt.exclude_bias_and_norm
     optimizer = build_optimizer(
-        model,
-        opt.optimizer,
-        opt.lr,
-        opt.momentum,
-        opt.weight_decay,
-        opt.exclude_bias_and_norm,
-        opt.trust_coefficient,
+        model, opt.optimizer, opt.lr, opt.momentum, *decay, opt.trust_coefficient
     )
     if frozen:
         model.requires_grad_(False)
-    weight = pos_weight(cfg.probe.pos_weight, train.defect[rows])
+    kind = cfg.probe.pos_weight
+    weight = pos_weight(kind, train.defect[rows])
     probe = LinearProbe(feature_dim, cfg.probe.momentum, cfg.probe.weight_decay, weight)
     probe = probe.to(run.device)
     autocast, scaler = mixed_precision(opt.precision, run.device)
     scoring = Scoring(
-        train, rows, val, val_loader, cfg.seed, weight, augment.clean, *run.place, autocast
+        train, rows, val, val_loader, cfg.seed, kind, augment.clean, *run.place, autocast
     )
     state = TrainState(model, optimizer, probe, scaler)
     run.resume(state, sampler.steps_per_epoch)
     ddp = wrap(model, run.device, cfg.run.compile, cfg.run.deterministic)
     warmup_steps = opt.warmup_epochs * sampler.steps_per_epoch
+    if frozen and run.step == 0:
+        settle_batchnorm(model, train_loader, augment, run.device, autocast)
     # --- end shared ---
 
     for epoch in run.epochs():
-        model.train(not frozen)
+        model.train()
         for step, batch in run.steps(train_loader):  # goes on in mid-epoch after a resume
             # --- shared: batch ---
             batch = batch.to(run.device)
@@ -205,7 +208,7 @@ def main(argv=None):
 
         # --- shared: epoch end ---
         validation = scoring.validate(model, probe) if run.validates(epoch) else None
-        run.end_epoch(state, scoring.train_scores(state.scores), validation)
+        run.end_epoch(state, scoring.train_scores(state.scores, probe), validation)
         # --- end shared ---
 
     # --- shared: finish ---

@@ -1,8 +1,9 @@
 """Read annotation CSVs into arrays. Sewer-ML's own files are a special case of the format.
 
 `Filename` and `Defect` are needed. `Defect` is 1 (defect), 0 (normal) or empty (not labelled).
-Every other column of 0 and 1 is a class, except `WaterLevel`, `VA` and `ND`; a column without any 0
-or 1, such as a date, is ignored.
+Every other column is a class where at least 95 % of its cells in labelled rows are 0 or 1 (or 0.0,
+1.0, False, True), except `WaterLevel`, `VA`, `ND` and those without a name; a column of anything
+else, such as a date, is ignored. Commas, semicolons and tabs are told apart by the header.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import numpy as np
 
 from common.label_table import DEFECT, NORMAL, UNLABELLED, read_chunks, refuse
 from common.running.errors import UserError
+
+CLASS_PERCENT = 95  # of a column's labelled cells: where as many are 0 or 1, it is a class
 
 # Class-importance weights (CIW): Haurum and Moeslund, Sewer-ML, CVPR 2021, in the files' order.
 CLASS_IMPORTANCE = {
@@ -41,11 +44,12 @@ class Annotations:
     """N rows of one CSV, in the file's order."""
 
     path: str
-    filename: np.ndarray  # (N,) UTF-8 bytes, fixed width: 1.3 million names in 16 MB
+    filename: np.ndarray  # (N,) UTF-8 bytes, normalised, fixed width: 1.3 million in 16 MB
     defect: np.ndarray  # (N,) int8: 1 defect, 0 normal, -1 not labelled
     classes: np.ndarray  # (N, C) bool; all False where not labelled
     class_names: tuple[str, ...]  # C names, in the file's order
     line: np.ndarray  # (N,) int32 line of the file on which the row ends, from 1
+    ignored: tuple[str, ...]  # names of the columns that are neither needed nor a class
 
     def __len__(self):
         return len(self.defect)
@@ -74,28 +78,36 @@ def read_annotations(path):
     """
     path = os.fspath(path)
     try:
-        names, chunks = read_chunks(path)
+        header, names, chunks = read_chunks(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     if not chunks:
         raise UserError(f"{path}: there is a header, but no row")
+    labelled = sum(chunk.labelled for chunk in chunks)
+    values = sum(chunk.values for chunk in chunks)  # (C,)
     used = [
         c
         for c, name in enumerate(names)
-        if name in CLASS_IMPORTANCE or any(chunk.is_class[c] for chunk in chunks)
+        if name in CLASS_IMPORTANCE or values[c] and 100 * values[c] >= CLASS_PERCENT * labelled
     ]
-    wrong = [place for c in used for chunk in chunks for place in chunk.wrong[c]]
-    if wrong:
-        refuse(path, wrong)
+    wrong = [chunk.wrong[c] for c in used for chunk in chunks]
+    if count := sum(n for _, n in wrong):
+        refuse(path, [place for told, _ in wrong for place in told], count)
+    class_names = tuple(names[c] for c in used)
     annotations = Annotations(
         path,
         np.concatenate([chunk.filename for chunk in chunks]),
         np.concatenate([chunk.defect for chunk in chunks]),
         np.concatenate([chunk.classes[:, used] for chunk in chunks]),
-        tuple(names[c] for c in used),
+        class_names,
         np.concatenate([chunk.lines for chunk in chunks]),
+        tuple(
+            name or f"column {i} (no name)"
+            for i, name in enumerate(header, 1)
+            if name not in ("Filename", "Defect", *class_names)
+        ),
     )
     _check_names_are_unique(annotations)
     _check_defect_is_any_class(annotations)
@@ -144,11 +156,19 @@ def check_disjoint(train, val):
         )
 
 
-def subset_text(normal, defect, unlabelled, validation):
-    """Numbers of images in words."""
+def subset_text(normal, defect, unlabelled, train, val):
+    """Numbers of images, and of both tables (Annotations) the classes and the rest, in words."""
     share = defect / max(normal + defect, 1)
     text = f"train: {normal} normal, {defect} defect ({share:.2%} of the labelled), "
-    text += f"{unlabelled} not labelled; validation: {validation} images"
+    text += f"{unlabelled} not labelled; validation: {len(val)} images"
     if unlabelled:
         text += "\npre-training sees the unlabelled images too, so another mix than that proportion"
-    return text
+    of_train, of_val = _columns_text(train), _columns_text(val)
+    if of_train == of_val:
+        return f"{text}\n{of_train}"
+    return f"{text}\ntrain: {of_train}\nvalidation: {of_val}"
+
+
+def _columns_text(table):
+    words = (", ".join(names) or "none" for names in (table.class_names, table.ignored))
+    return "classes: {}; ignored columns: {}".format(*words)

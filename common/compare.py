@@ -3,7 +3,9 @@
     python -m common.compare RUN_FOLDER [RUN_FOLDER ...] --out compare.png
 
 All scores are of the same validation set: those of runs by the offline probe, those of the
-thumbnails by the same regression on 16 x 16 pixels, trained on the same rows.
+thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. The last score is of
+a regression on all labelled rows of the training CSV, the same for every run: it compares features
+where runs had different numbers of labels.
 """
 
 import argparse
@@ -16,40 +18,43 @@ import torch
 
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
-from common.data import open_image
-from common.metrics import all_scores
-from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
+from common.images import open_image
+from common.metrics import METRICS, all_scores, without_values
+from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
 from common.running.errors import UserError
-from common.running.folder import RESULT, read_json
 from common.running.process import entry_point
 from common.running.progress import Progress
-from common.running.schema import read_yaml
+from common.running.schema import path_argument, read_yaml
+from common.running.standing import read_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 THUMBNAIL = 16  # pixels
-SHOWN = ("f1", "auroc", "average_precision")
-LABELS = ("F1", "AUROC", "average precision")
+SHOWN = (("own", "f1"), ("own", "auroc"), ("own", "average_precision"), ("fixed", "auroc"))
+LABELS = [METRICS[key] + (", all labels" if which == "fixed" else "") for which, key in SHOWN]
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
-BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73")
+BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 class Entry(NamedTuple):
     """One line of the table."""
 
     name: str
-    scores: dict
-    logits: np.ndarray  # (N,) of the validation set
+    own: dict  # scores of the probe that is fitted on the run's own rows
+    fixed: dict  # of the one that is fitted on all labelled rows
+    logits: np.ndarray  # (N,) of the validation set; NaN where no probe could be fitted
+
+    def score(self, which, key):
+        """which: own | fixed; None where there is none."""
+        return getattr(self, which).get(key)
 
 
 def read_run(folder):
     """(config, result, validation arrays) of a finished run."""
     folder = Path(folder)
-    result = read_json(folder / RESULT)
-    if result is None:
-        raise UserError(f"{folder}: no {RESULT}, so no finished run")
+    result = read_result(folder)
     with np.load(folder / "val_scores.npz") as stored:
         return read_yaml(folder / "config.yaml"), result, dict(stored)
 
@@ -68,29 +73,30 @@ def thumbnails(image_root, annotations, rows, label):
 
 def floors(config, folder, val):
     """What must be beaten: calling everything a defect, and regression on thumbnails."""
-    data, seed = config["data"], config["seed"]
-    classes, names = val["classes"], tuple(val["class_names"])
-    everything = np.ones(len(val["label"]))
+    data, root = config["data"], config["data"]["image_root"]
+    train, annotations = read_annotations(data["train_csv"]), read_annotations(data["val_csv"])
     subset = read_annotations(Path(folder) / "train_subset.csv")
-    rows = stratified_sample(subset.defect, MOST_ROWS, seed)
-    weight = pos_weight(config["probe"]["pos_weight"], subset.defect)
-    train_pixels = thumbnails(data["image_root"], subset, rows, "training thumbnails")
-    annotations = read_annotations(data["val_csv"])
-    if not np.array_equal(annotations.filename, val["filename"]):
-        raise UserError(f"{data['val_csv']}: no longer what {folder} was scored on")
-    val_pixels = thumbnails(
-        data["image_root"], annotations, range(len(annotations)), "validation thumbnails"
-    )
-    logits, why = offline_probe(train_pixels, subset.defect[rows], val_pixels, weight, seed)
-    if logits is None:
-        raise UserError(f"thumbnails: {why}")
+    rows = np.flatnonzero(np.isin(train.filename, subset.filename))
+    if len(rows) != len(subset) or not np.array_equal(annotations.filename, val["filename"]):
+        raise UserError(f"{data['train_csv']} and {data['val_csv']}: no longer those of {folder}")
+    how = val["label"], val["classes"], tuple(val["class_names"])
+    on = fits(train.defect, rows, config["seed"])
+    union = np.union1d(*(of for of, _ in on.values()))
+    pixels = thumbnails(root, train, union, "training thumbnails")
+    val_pixels = thumbnails(root, annotations, range(len(val["label"])), "validation thumbnails")
+    everything = np.ones(len(val["label"]))
+    trivial = all_scores(everything, *how)
+    scores, all_logits = [], []
+    for of, seed in on.values():
+        weight = pos_weight(config["probe"]["pos_weight"], train.defect[of])
+        x = pixels[np.searchsorted(union, of)]
+        probe, why = offline_probe(x, train.defect[of], weight, seed)
+        logits = everything * np.nan if probe is None else apply_probe(probe, val_pixels).numpy()
+        scores.append(without_values(trivial, why) if probe is None else all_scores(logits, *how))
+        all_logits.append(logits)
     return [
-        Entry("all-defect", all_scores(everything, val["label"], classes, names), everything),
-        Entry(
-            "16x16 thumbnails",
-            all_scores(logits.numpy(), val["label"], classes, names),
-            logits.numpy(),
-        ),
+        Entry("all-defect", trivial, trivial, everything),
+        Entry("16x16 thumbnails", *scores, all_logits[0]),
     ]
 
 
@@ -102,11 +108,12 @@ def collect(folders):
     for folder, _, result, arrays in runs:
         if not np.array_equal(arrays["filename"], val["filename"]):
             raise UserError(f"{folder} and {first} were scored on different validation sets")
-        scores = result["val_offline"]
-        if scores["auroc"] is None:
-            raise UserError(f"{folder}: no offline probe ({scores['undefined']['auroc']})")
         name = {"random": "random encoder"}.get(result["method"], result["method"])
-        entries.append(Entry(f"{name}, {result['backbone']}", scores, arrays["logit_offline"]))
+        scores = result["val_offline"], result.get("val_offline_fixed", {})
+        logits = arrays["logit_offline"]
+        if np.isnan(logits).any():  # too few labels of its own
+            logits = arrays.get("logit_offline_fixed", logits)
+        entries.append(Entry(f"{name}, {result['backbone']}", *scores, logits))
     return entries, config, val
 
 
@@ -116,7 +123,7 @@ def table(entries, val):
     lines = [f"validation: {n} labelled images, {n_defect} defects ({n_defect / max(n, 1):.1%})"]
     lines.append(f"{'':28}" + "".join(f"{label:>19}" for label in LABELS))
     for entry in entries:
-        values = (entry.scores[key] for key in SHOWN)
+        values = (entry.score(*shown) for shown in SHOWN)
         cells = "".join(f"{'-':>19}" if v is None else f"{v:19.3f}" for v in values)
         lines.append(f"{entry.name:28}{cells}")
     return "\n".join(lines)
@@ -140,8 +147,9 @@ def _show_images(axes, title, rows, logits, config, val):
 
 
 def picture(entries, config, val, path, columns=8):
-    """Bars of the three scores, then images that the last run ranks well and badly."""
-    last, label = entries[-1], val["label"]
+    """Bars of the scores, then images that the last run with scores ranks well and badly."""
+    known = [entry for entry in entries if np.isfinite(entry.logits).all()]
+    last, label = known[-1], val["label"]  # there always is one: all-defect
     order = np.argsort(-last.logits)
     defects, normals = order[label[order] == 1], order[label[order] == 0]
     figure = plt.figure(figsize=(13, 9.5))
@@ -151,15 +159,15 @@ def picture(entries, config, val, path, columns=8):
     grid.update(left=0.05, right=0.99, top=0.97, bottom=0.04)
     bars = figure.add_subplot(grid[0, :])
     width = 0.8 / len(SHOWN)
-    for k, (key, name, colour) in enumerate(zip(SHOWN, LABELS, BAR_COLOURS, strict=True)):
-        values = [entry.scores[key] or 0.0 for entry in entries]
-        places = np.arange(len(entries)) + (k - 1) * width
+    for k, (shown, name, colour) in enumerate(zip(SHOWN, LABELS, BAR_COLOURS, strict=True)):
+        values = [entry.score(*shown) or 0.0 for entry in entries]
+        places = np.arange(len(entries)) + (k - 1.5) * width
         drawn = bars.bar(places, values, width * 0.95, label=name, color=colour)
         bars.bar_label(drawn, fmt="%.2f", fontsize=9)
     bars.set_xticks(range(len(entries)), [entry.name for entry in entries])
     bars.set_ylim(0, 1.1)
     bars.set_ylabel("score on validation")
-    bars.legend(ncols=3, loc="upper left", frameon=False)
+    bars.legend(ncols=len(SHOWN), loc="upper left", frameon=False)
     bars.spines[["top", "right"]].set_visible(False)
     strips = (
         (f"Most likely defects, says {last.name} (logit, true classes)", order[:columns]),
@@ -178,8 +186,10 @@ def picture(entries, config, val, path, columns=8):
 def main(argv=None):
     """Command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="the last one is pictured")
-    parser.add_argument("--out", default="compare.png", metavar="FILE.png")
+    parser.add_argument(
+        *("runs",), nargs="+", type=path_argument, metavar="RUN_FOLDER", help="the last is pictured"
+    )
+    parser.add_argument("--out", type=path_argument, default="compare.png", metavar="FILE.png")
     args = parser.parse_args(argv)
     entries, config, val = collect(args.runs)
     picture(entries, config, val, args.out)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.running.errors import UserError
+
 
 def world_size():
     """Number of ranks; 1 without a process group."""
@@ -90,8 +92,22 @@ def gather_unpadded(x):
     return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
 
 
-def to_device(model, device):
-    """On CUDA: channels_last, and BatchNorm over all ranks (gloo on CPU has no such collective)."""
+def has_batchnorm(model):
+    """Whether any of its layers is a BatchNorm."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def to_device(model, device, batch_size):
+    """On CUDA: channels_last, and BatchNorm over all ranks (gloo on CPU has no such collective).
+
+    batch_size: over all ranks. Raises UserError where it leaves a BatchNorm a single image.
+    """
+    images = batch_size if device.type == "cuda" else batch_size // world_size()
+    if images < 2 and has_batchnorm(model):
+        raise UserError(
+            f"optimization.batch_size: {batch_size} over {world_size()} ranks leaves BatchNorm one "
+            "image, and it needs two"
+        )
     model = model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)

@@ -13,6 +13,16 @@ from common.annotations import CLASS_IMPORTANCE
 from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
+METRICS = {  # scores that are shown, key: name in print
+    "f1": "F1",
+    "f2_ciw": "F2_CIW",
+    "f2_ciw_strict": "F2_CIW strict",
+    "f1_normal": "F1_normal",
+    "precision": "precision",
+    "recall": "recall",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+}
 
 
 def _ratio(numerator, denominator):
@@ -186,6 +196,13 @@ def all_scores(logits, labels, classes, class_names, prevalence=None):
         if scores[name] is None:
             undefined[name] = "no class columns" if not len(class_names) else undefined["auroc"]
     return scores | {"undefined": undefined}
+
+
+def without_values(scores, why):
+    """The same with every score None, for the reason why; n and n_defect stay."""
+    counts = {name: scores[name] for name in ("n", "n_defect")}
+    names = [name for name in scores if name not in (*counts, "undefined")]
+    return dict.fromkeys(names) | counts | {"undefined": dict.fromkeys(names, why)}
 
 
 def at_prevalence(logits, labels, prevalence, classes=None, class_names=()):

@@ -11,6 +11,7 @@ from common.annotations import DEFECT, NORMAL
 from common.running.keyed import FIT_SAMPLE, FOLD, keyed_rng
 
 MOST_ROWS = 200_000  # for the fit; a stratified sample of more
+FIXED_ROWS, FIXED_SEED = 50_000, 0  # of the fit that is the same for every run
 L2_GRID = tuple(10.0**e for e in range(1, -7, -1))  # strong to weak: each fit starts at the last
 FOLDS = 5
 MOST_ROWS_FOR_FOLDS = 20_000  # above it one held-out fold decides as well as five
@@ -30,6 +31,19 @@ def stratified_sample(defect, most, seed):
         order = keyed_rng(FIT_SAMPLE, seed, group).permutation(len(rows))
         chosen.append(rows[order[:take]])
     return np.sort(np.concatenate(chosen))
+
+
+def fits(defect, rows, seed):
+    """{name of an offline probe: (training rows that it is fitted on, seed of its folds)}.
+
+    defect: (N,) labels of a whole training CSV; rows: of a run's subset of it.
+    offline: fitted on the run's subset, so that it has as many defects to learn from as the run.
+    offline_fixed: on all labelled rows at their own mix, the same for every proportion and seed, so
+    that features are compared and not numbers of labels (as arXiv:2110.05025).
+    """
+    own = rows[stratified_sample(defect[rows], MOST_ROWS, seed)]
+    fixed = stratified_sample(defect, FIXED_ROWS, FIXED_SEED)
+    return {"offline": (own, seed), "offline_fixed": (fixed, FIXED_SEED)}
 
 
 def fit_logistic(x, y, l2, pos_weight=1.0, start=None, tolerance=CONVERGED):
@@ -101,23 +115,30 @@ def _choose_l2(x, y, pos_weight, seed):
     return L2_GRID[losses.index(min(losses))]
 
 
-def offline_probe(features, defect, val_features, pos_weight, seed):
-    """Fit on training features, with L2 chosen on them alone; score the validation features.
+def offline_probe(features, defect, pos_weight, seed):
+    """Fit on training features, with L2 chosen on them alone.
 
-    features: (n, D); defect: (n,) 1 or 0; val_features: (m, D). Features are standardised by the
-    training mean and standard deviation. L2 is the one with the lowest held-out cross-entropy.
-    Returns (logits (m,) float64 tensor, {"l2", "fit_rows", "converged"}), or (None, the reason).
+    features: (n, D); defect: (n,) 1 or 0. Features are standardised by their mean and standard
+    deviation, and L2 is the one with the lowest held-out cross-entropy. Returns (D + 1,) float64,
+    the weights of raw features (the standardisation folded in) and, last, the bias, with {"l2",
+    "fit_rows", "fit_defects", "converged"}; or (None, the reason).
     """
     y = torch.as_tensor(np.asarray(defect), dtype=torch.float64)
     counts = (int((y == 0).sum()), int((y == 1).sum()))
     if min(counts) < 2:
         return None, f"{counts[0]} normal and {counts[1]} defect training rows are too few to fit"
-    x, val_x = features.double(), val_features.double()
+    x = features.double()
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)
-    x, val_x = (x - mean) / std, (val_x - mean) / std
+    x = (x - mean) / std
 
     l2_best = _choose_l2(x, y, pos_weight, seed)
     w, converged = fit_logistic(x, y, l2_best, pos_weight)
-    fit = {"l2": l2_best, "fit_rows": len(y), "converged": converged}
-    return val_x @ w[:-1] + w[-1], fit
+    weight = w[:-1] / std
+    fit = {"l2": l2_best, "fit_rows": len(y), "fit_defects": counts[1], "converged": converged}
+    return torch.cat([weight, w[-1:] - mean @ weight]), fit
+
+
+def apply_probe(weight, features):
+    """weight: (D + 1,) of `offline_probe`; features: (n, D) -> logits (n,) float64."""
+    return features.double() @ weight[:-1] + weight[-1]

@@ -13,14 +13,15 @@ import torch
 from common.annotations import Annotations
 from common.data import clean_loader
 from common.distributed import broadcast_buffers
-from common.metrics import all_scores, at_prevalence
-from common.offline_probe import MOST_ROWS, offline_probe, stratified_sample
-from common.probe import evaluate
+from common.metrics import all_scores, without_values
+from common.offline_probe import apply_probe, fits, offline_probe
+from common.probe import evaluate, pos_weight
 from common.rankme import label_free
 from common.running.keyed import FEATURE_ROWS, keyed_rng
 
 PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)  # of the study's grid
 MOST_FEATURES = 25_600  # rows; RankMe's own sample size
+OFFLINE_PROBE = "offline_probe.npz"
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Scoring:
     val: Annotations
     val_loader: torch.utils.data.DataLoader
     seed: int
-    pos_weight: float
+    pos_weight: str | float  # as in the config
     clean: object  # uint8 images -> normalised float32
     rank: int
     world_size: int
@@ -40,12 +41,13 @@ class Scoring:
     autocast: torch.autocast
     _last: tuple | None = None  # the newest validation
 
-    def train_scores(self, running):
+    def train_scores(self, running, probe):
         """Scores of the online probe over an epoch, on augmented views. running: RunningScores."""
         rows, logits = (x.numpy() for x in running.gather())
-        return all_scores(
-            logits, self.train.defect[rows], self.train.classes[rows], self.train.class_names
-        )
+        train = self.train
+        scores = all_scores(logits, train.defect[rows], train.classes[rows], train.class_names)
+        why = probe.unlearned()
+        return without_values(scores, why) if why else scores
 
     def validate(self, model, probe):
         """One clean pass over val. Returns (scores, label-free measures, None but on rank 0)."""
@@ -55,15 +57,20 @@ class Scoring:
         )
         logits = probe.cpu()(features).numpy()
         probe.to(self.device)
+        why = probe.unlearned()
         chosen, measures = self._feature_rows(len(rows)), None
         if self.rank == 0:  # nobody else writes them down
             measures = label_free(features[chosen], embeddings[chosen])
-        scores = self._val_scores(logits), measures
-        self._last = *scores, features, embeddings, logits
+        scores = self._val_scores(logits, why), measures
+        self._last = *scores, features, embeddings, logits, why
         return scores
 
-    def _val_scores(self, logits):
-        return all_scores(logits, self.val.defect, self.val.classes, self.val.class_names)
+    def _val_scores(self, logits, why=None, prevalence=None):
+        """why: the reason why they are of a probe that learned nothing, if so."""
+        val = self.val
+        logits = np.zeros(len(val)) if why else logits
+        scores = all_scores(logits, val.defect, val.classes, val.class_names, prevalence)
+        return without_values(scores, why) if why else scores
 
     @staticmethod
     def _feature_rows(n):
@@ -71,47 +78,38 @@ class Scoring:
         return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:MOST_FEATURES])
 
     def final(self, model, probe, train_scores, folder):
-        """Score for the last time; write val_scores.npz and features_val.npz. Returns a dict.
+        """Score for the last time; write val_scores.npz, features_val.npz and offline_probe.npz.
 
-        All ranks call it; only rank 0 writes, fits the offline probe and gets a result.
+        All ranks call it; only rank 0 writes, fits the offline probes and gets a result, a dict.
         """
         if self._last is None:  # resumed behind the last epoch
             self.validate(model, probe)
-        val_scores, measures, features, embeddings, logits = self._last
-        train_rows, train_features = self._offline_sample(model)
+        val_scores, measures, features, embeddings, logits, why = self._last
+        on = fits(self.train.defect, self.train_rows, self.seed)
+        rows, train_features = self._train_features(model, np.union1d(*(r for r, _ in on.values())))
         if self.rank != 0:
             return None
         threads = torch.get_num_threads()
         if self.world_size > 1:  # torchrun gives each rank one thread, and the others wait
             torch.set_num_threads(os.cpu_count())
-        offline_logits, fit = offline_probe(
-            train_features, self.train.defect[train_rows], features, self.pos_weight, self.seed
-        )
+        all_logits = {"logit": np.full_like(logits, np.nan) if why else logits}
+        results, probes = {}, {}
+        for name, (of, seed) in on.items():
+            results[name], all_logits[f"logit_{name}"], probes[name] = self._offline(
+                train_features[np.searchsorted(rows, of)], self.train.defect[of], features, seed
+            )
         torch.set_num_threads(threads)
-        if offline_logits is None:
-            counts = {name: val_scores[name] for name in ("n", "n_defect")}
-            names = [name for name in val_scores if name not in (*counts, "undefined")]
-            offline = dict.fromkeys(names) | counts | {"undefined": dict.fromkeys(names, fit)}
-        else:
-            offline_logits = offline_logits.float().numpy()
-            offline = self._val_scores(offline_logits) | fit
-        self._write_arrays(Path(folder), features, embeddings, logits, offline_logits)
-        val = self.val
+        self._write_arrays(Path(folder), features, embeddings, all_logits, probes)
         return {
             "train": train_scores,
             "val": val_scores,
-            "val_offline": offline,
-            "val_at": {
-                str(p): at_prevalence(logits, val.defect, p, val.classes, val.class_names)
-                for p in PREVALENCES
-            },
+            **{f"val_{name}": scores for name, scores in results.items()},
+            "val_at": {str(p): self._val_scores(logits, why, p) for p in PREVALENCES},
             "label_free": measures,
         }
 
-    def _offline_sample(self, model):
-        """(rows, clean features) of the labelled training rows, or of a stratified sample."""
-        labelled = stratified_sample(self.train.defect[self.train_rows], MOST_ROWS, self.seed)
-        rows = self.train_rows[labelled]
+    def _train_features(self, model, rows):
+        """(rows, clean features (n, D)) of sorted training rows, in their order."""
         loader, images = self.val_loader, self.val_loader.dataset
         loader = clean_loader(
             images.image_root,
@@ -122,18 +120,24 @@ class Scoring:
             loader.num_workers,
             loader.pin_memory,
         )
-        got, features, _ = evaluate(
-            model, loader, self.clean, self.device, self.autocast, "features for the offline probe"
-        )
+        label = "features for the offline probe"
+        got, features, _ = evaluate(model, loader, self.clean, self.device, self.autocast, label)
         return got.numpy(), features
 
-    def _write_arrays(self, folder, features, embeddings, logits, offline_logits):
-        val, missing = self.val, np.full(len(logits), np.nan, np.float32)
+    def _offline(self, features, defect, val_features, seed):
+        """(scores, logits (N,), weights or None) of one offline probe; NaN logits without one."""
+        weight, fit = offline_probe(features, defect, pos_weight(self.pos_weight, defect), seed)
+        if weight is None:
+            return self._val_scores(None, fit), np.full(len(val_features), np.nan, np.float32), None
+        logits = apply_probe(weight, val_features).float().numpy()
+        return self._val_scores(logits) | fit, logits, weight
+
+    def _write_arrays(self, folder, features, embeddings, logits, probes):
+        val = self.val
         np.savez(
             folder / "val_scores.npz",
             filename=val.filename,
-            logit=logits,
-            logit_offline=missing if offline_logits is None else offline_logits,
+            **logits,
             label=val.defect,
             classes=val.classes,
             class_names=np.array(val.class_names, dtype=str),
@@ -145,6 +149,8 @@ class Scoring:
             features=features[chosen].half().numpy(),
             embeddings=embeddings[chosen].half().numpy(),
         )
+        fitted = {name: weight.numpy() for name, weight in probes.items() if weight is not None}
+        np.savez(folder / OFFLINE_PROBE, **fitted)  # (D + 1,) float64 of raw features, bias last
 
 
 def summary(result):

@@ -26,6 +26,7 @@ from PIL import Image
 
 from common.annotations import CLASS_IMPORTANCE
 from common.running.progress import Progress
+from common.running.schema import path_argument
 from common.sets.sewer_frame import render
 
 VERSION = 1  # raise it when the same arguments would give other images
@@ -119,7 +120,7 @@ def generate(out, train, val, size, seed):
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw a sewer-like data set (Sewer-ML layout).")
-    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write to")
     parser.add_argument("--train", type=int, default=2000, help="training images")
     parser.add_argument("--val", type=int, default=600, help="validation images")
     parser.add_argument("--size", type=int, default=64, help="image height in pixels")

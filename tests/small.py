@@ -1,8 +1,11 @@
 """Every method made small: overrides of its config, and one model and loss of it."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
+import os
+import signal
 
 import numpy as np
 import torch
@@ -16,9 +19,13 @@ import dino
 import mae
 import simclr
 import supervised
+from common.annotations import read_annotations
 from common.backbones import build_backbone
+from common.metrics import all_scores
 from common.running.checkpoint import read_checkpoint
-from common.running.folder import read_json
+from common.running.folder import read_json, write_config, write_json
+from common.running.provenance import csv_hashes
+from common.running.run import Run
 
 HEAD = ["ssl_settings.proj_hidden_dim=32", "ssl_settings.proj_output_dim=16"]
 OVERRIDES = {
@@ -53,6 +60,18 @@ def read_log(folder, kind=None):
     """Records of log.jsonl, all or of one kind."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [record for record in log if kind in (None, record["kind"])]
+
+
+def stop_at(monkeypatch, at):
+    """Let a SIGTERM arrive in that step."""
+    original = Run.end_step
+
+    def stopping(self, *args):
+        if self.step + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Run, "end_step", stopping)
 
 
 TIMES = ("seconds", "samples_per_second")  # all that may differ
@@ -139,3 +158,48 @@ def step(method, model, bare, views, noise, labels, autocast=None):
     elif method == "dino":
         loss = dino.dino_loss(*rest, bare.center, 0.1, 0.04)
     return loss, h, z
+
+
+KINDS = ("features", "embeddings")
+
+
+def make_up(run, rng):
+    """What a finished run leaves, with scores drawn at random. run: a GridRun."""
+    run.folder.mkdir(parents=True)
+    val = read_annotations(run.cfg.data.val_csv)
+    logit = rng.normal(val.defect * rng.uniform(0.3, 2), 1)
+    how = val.classes, val.class_names
+    scores = all_scores(logit, val.defect, *how)
+    offline = logit + rng.normal(0, 5, len(logit))
+    np.savez(
+        run.folder / "val_scores.npz",
+        filename=val.filename,
+        logit=logit,
+        logit_offline=offline,
+        label=val.defect,
+        classes=val.classes,
+        class_names=np.array(val.class_names),
+    )
+    measures = {f"rankme_{k}{c}": rng.uniform(1, 99) for k in KINDS for c in ("", "_centred")}
+    measures |= {f"rankme_{k}_largest": 128 for k in KINDS}
+    measures |= {f"{m}_{k}": rng.uniform(0, 1) for k in KINDS for m in ("mean", "std")}
+    record = {f"label_free_{k}": v for k, v in measures.items()} | {"label_free_n": 24}
+    with open(run.folder / "log.jsonl", "w") as log:
+        for epoch in (4, 9):
+            log.write(json.dumps({"kind": "epoch", "step": 1, "epoch": epoch, **record}) + "\n")
+    result = {
+        "method": "random" if run.cfg.run.frozen_encoder else run.cfg.method,
+        "backbone": run.cfg.backbone,
+        "seed": run.cfg.seed,
+        "train_defect_proportion": run.cfg.data.train_defect_proportion,
+        "epochs": 10,
+        "train_rows": {"normal": 37, "defect": 12, "unlabelled": 8},
+        "train": scores,
+        "val": scores,
+        "val_offline": all_scores(offline, val.defect, *how),
+        "label_free": measures,
+        "seconds": 60.0,
+    }
+    write_json(run.folder / "result.json", result)
+    write_config(run.folder, dataclasses.asdict(run.cfg))
+    write_json(run.folder / "provenance.json", {"csv_sha256": csv_hashes(run.cfg.data)})

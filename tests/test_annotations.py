@@ -8,6 +8,7 @@ from common.annotations import (
     check_disjoint,
     count_labels,
     read_annotations,
+    subset_text,
 )
 from common.running.errors import UserError
 
@@ -49,9 +50,11 @@ def test_names_of_any_length_stay_whole_over_chunks(tmp_path, monkeypatch):
         ("filename,Defect\na,1\n", ["'Filename' is missing", "'filename'"]),
         ("Filename,RB\na,1\n", ["'Defect' is missing", "RB"]),
         ("Filename,Defect,RB,RB\na,1,1,0\n", ["'RB' stands twice"]),
-        ("Filename;Defect\na;1\n", ["'Filename' is missing"]),
+        ("Filename|Defect\na|1\n", ["'Filename' is missing"]),
+        ("\nFilename,Defect\na,1\n", ["first line is empty"]),
         ("Filename,Defect\na,1\nb,yes\n", ["a.csv:3", "Defect", "'yes'", "0, 1 or empty"]),
-        ("Filename,Defect\na, 1\n", ["a.csv:2", "Defect", "' 1'"]),
+        ("Filename,Defect\na, 2\n", ["a.csv:2", "Defect", "' 2'"]),
+        ("Filename,Defect\na,nan\n", ["a.csv:2", "Defect", "'nan'"]),
         ("Filename,Defect\na,2\n", ["a.csv:2", "'2'"]),
         ("Filename,RB,Defect\na,,1\n", ["a.csv:2", "RB", "''", "0 or 1"]),
         ("Filename,RB,Defect\na,0.5,1\n", ["a.csv:2", "RB", "'0.5'"]),
@@ -62,6 +65,19 @@ def test_names_of_any_length_stay_whole_over_chunks(tmp_path, monkeypatch):
         ("Filename,Defect\na/../../b,1\n", ["outside"]),
         ("Filename,Defect\n/etc/passwd,1\n", ["outside"]),
         ("Filename,Defect\n..\\a,1\n", ["outside"]),
+        ("Filename,Defect\n./../a,1\n", ["outside"]),
+        ("Filename,Defect\n\\\\server\\a,1\n", ["outside"]),
+        ("Filename,Defect\n./C:\\a,1\n", ["outside"]),
+        ("Filename,Defect\n./,1\n", ["a.csv:2", "empty"]),
+        ("Filename,Defect\n./a,1\na,0\n", ["a.csv:3", "'a'", "more than once"]),
+        ("Filename,Defect\na/b,1\na\\.//b,0\n", ["a.csv:3", "'a/b'", "more than once"]),
+        ("Filename,Defect\na\x1b[2J,1\n", ["a.csv:2", r"'a\x1b[2J'", "control character"]),
+        ('Filename,Defect\n"a\nb",1\n', ["a.csv:3", r"'a\nb'", "line break"]),
+        ("Filename,Defect\na\tb,1\n", ["a.csv:2", "control character"]),
+        ("Filename,Defect\na\x7f,1\n", ["a.csv:2", "control character"]),
+        ("Filename,Defect\na\x85,1\n", ["a.csv:2", "control character"]),
+        ("Filename,Defect\na\u2028,1\n", ["a.csv:2", "control character"]),
+        ("Filename,Defect,R\x07B\na,1,1\n", [r"column 'R\x07B'", "control character"]),
         ("Filename,Defect\n,1\n", ["a.csv:2", "empty"]),
         ('Filename,Defect\n"a,1\nb,0\n', ["a.csv"]),
         ("Filename,Defect\n" + "a,3\n" * 9, ["9 such rows"]),
@@ -91,6 +107,102 @@ def test_a_column_without_any_0_or_1_is_no_class(tmp_path):
     assert a.class_names == ("RB",) and a.classes.tolist() == [[True], [False]]
 
 
+def test_cells_are_read_as_programs_write_them(tmp_path):
+    cells = ["1", "0", "1.0", "0.0", "True", "False", "TRUE", "false", " 1 ", " 0.0"]
+    rows = "".join(f"{i},{cell},{cell}\n" for i, cell in enumerate(cells))
+    a = read(tmp_path, f"Filename,Defect,RBx\n{rows}x, ,\n")
+    assert a.defect.tolist() == [1, 0] * 5 + [-1]
+    assert a.class_names == ("RBx",) and a.classes[:, 0].tolist() == [True, False] * 5 + [False]
+
+
+@pytest.mark.parametrize(
+    "cell", ["true.0", "1.0.0", "10", "1true", "1.00", "T", "yes", "1,0", "-1"]
+)
+def test_no_other_cell_is_read(tmp_path, cell):
+    for cells in (["1", f'"{cell}"'], ["True", f'"{cell}"'], ["", f'"{cell}"']):
+        rows = "".join(f"{i},{c}\n" for i, c in enumerate(cells))
+        with pytest.raises(UserError, match=f"Defect is '{cell}', expected 0, 1 or empty"):
+            read(tmp_path, f"Filename,Defect\n{rows}")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_delimiters_are_told_apart_by_the_header(tmp_path, delimiter):
+    others = [d for d in ",;" if d != delimiter]
+    text = f"Filename|Defect|RB|'{''.join(others * 5)}'\n'a{others[0]} b.png'|1|0|x\nc|0|0|y\n"
+    a = read(tmp_path, text.replace("|", delimiter).replace("'", '"'))
+    assert [a.name(i) for i in range(2)] == [f"a{others[0]} b.png", "c"]
+    assert a.class_names == ("RB",) and a.defect.tolist() == [1, 0]
+    b = read(tmp_path, f"Filename{delimiter} Defect\r\na{delimiter} 1\r\n")
+    assert b.defect.tolist() == [1]
+
+
+def mostly(values, other, n=40):
+    """A table of n labelled rows; its column Extra is 0 or 1 in `values` of them, else `other`."""
+    cells = ["1" if i % 2 else "0" for i in range(values)] + [other] * (n - values)
+    return "Filename,Defect,Extra\n" + "".join(f"{i},{i % 2},{c}\n" for i, c in enumerate(cells))
+
+
+@pytest.mark.parametrize("other", ["x", "", "7", "0.5"])
+def test_a_class_is_a_column_of_95_percent_values(tmp_path, monkeypatch, other):
+    monkeypatch.setattr("common.label_table._ROWS_AT_ONCE", 16)
+    a = read(tmp_path, mostly(37, other))
+    assert a.class_names == () and a.ignored == ("Extra",)
+    with pytest.raises(UserError, match=f"a.csv:40: Extra is '{other}', expected 0 or 1"):
+        read(tmp_path, mostly(38, other))
+    unlabelled = "".join(f"u{i},,\n" for i in range(20))  # do not count
+    assert read(tmp_path, mostly(37, other) + unlabelled).class_names == ()
+    assert read(tmp_path, mostly(40, other) + unlabelled).class_names == ("Extra",)
+
+
+def test_the_first_wrong_cells_of_many_chunks_are_shown_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.label_table._ROWS_AT_ONCE", 2)
+    rows = "".join(f"{i},0,{'x' if i > 3 else 0}\n" for i in range(20))
+    with pytest.raises(UserError) as error:
+        read(tmp_path, f"Filename,Defect,RB\n{rows}")
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[1] for line in lines[:5]] == ["6", "7", "8", "9", "10"]
+    assert lines[5] == "... 16 such rows in all"
+
+
+def test_what_is_no_class_is_ignored_and_named(tmp_path):
+    header = ",Filename,Index,Empty,ND,All,None,Defect,\n"  # pandas' index, a last delimiter
+    rows = "".join(f"{i},{i}.png,{i},,x,True,0.0,{i % 2},\n" for i in range(9))
+    a = read(tmp_path, header + rows)
+    assert a.class_names == ("All", "None")
+    assert a.ignored == ("column 1 (no name)", "Index", "Empty", "ND", "column 9 (no name)")
+
+
+def test_both_kinds_of_columns_are_said(tmp_path):
+    train = read(tmp_path, "Filename,RB,Date,Defect\na,0,today,0\nb,1,today,1\n", "train.csv")
+    val = read(tmp_path, "Filename,RB,Date,Defect\nc,0,never,0\n", "val.csv")
+    said = subset_text(**count_labels(train.defect), train=train, val=val)
+    assert "1 normal, 1 defect (50.00% of the labelled), 0 not labelled; validation: 1" in said
+    assert said.endswith("\nclasses: RB; ignored columns: Date")
+    other = read(tmp_path, "Filename,Defect\nc,0\n", "val.csv")
+    said = subset_text(**count_labels(train.defect), train=train, val=other)
+    assert "\ntrain: classes: RB; ignored columns: Date\n" in said
+    assert said.endswith("\nvalidation: classes: none; ignored columns: none")
+
+
+@pytest.mark.parametrize(
+    ("name", "normal"),
+    [
+        ("./a.png", "a.png"),
+        ("b//c.png", "b/c.png"),
+        ("d\\e.png", "d/e.png"),
+        (".\\f/./g..png", "f/g..png"),
+        ("h/", "h"),
+        ("k/.", "k"),
+        ("...", "..."),
+        (".i/j .png", ".i/j .png"),
+        (" k", " k"),
+    ],
+)
+def test_names_have_one_form(tmp_path, name, normal):
+    a = read(tmp_path, f"Filename,Defect\nx,0\n{name},0\n")
+    assert a.name(1) == normal
+
+
 def test_places_are_lines_of_the_file(tmp_path):
     a = read(tmp_path, 'Filename,Video,Defect\na,x,1\n\n\nb,"two\nlines",0\nc,x,1\n')
     assert [a.place(i).rsplit(":", 1)[1] for i in range(3)] == ["2", "6", "7"]
@@ -104,6 +216,9 @@ def test_a_file_in_train_and_val_is_refused(tmp_path):
     with pytest.raises(UserError, match="longer"):
         check_disjoint(train, val)
     check_disjoint(train, read(tmp_path, "Filename,Defect\nb,1\n", "val.csv"))
+    for same in ("./longer", ".\\\\longer", "longer/"):
+        with pytest.raises(UserError, match="share 1 file names, such as longer"):
+            check_disjoint(train, read(tmp_path, f"Filename,Defect\n{same},1\n", "val.csv"))
 
 
 def test_hash_covers_names_labels_and_classes(tmp_path):

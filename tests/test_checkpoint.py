@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -161,6 +163,28 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, damaged):
         if status == 0:
             break
     assert 3 < n < 19 and found == 2 + n
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_hard_links_the_previous_one_is_a_copy(tmp_path, monkeypatch, number):
+    """exFAT, cloud drives and shares have no link, and may not sync a folder."""
+
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    fsync = os.fsync
+
+    def of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused()
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "link", refused)
+    monkeypatch.setattr(checkpoint.os, "fsync", of_files)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, content(step))
+    assert sorted(os.listdir(tmp_path)) == [LAST, PREVIOUS]
+    assert [read_checkpoint(tmp_path / name)["step"] for name in (LAST, PREVIOUS)] == [3, 2]
 
 
 def _killing(call):

@@ -2,7 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, write_set
 from PIL import Image
 from small import run
 
@@ -27,13 +27,16 @@ def test_the_table_has_the_floors_and_every_run(runs):
     names = [entry.name for entry in entries]
     assert names[:2] == ["all-defect", "16x16 thumbnails"]
     assert names[2:] == ["random encoder, resnet18", "simclr, resnet18"]
-    everything = entries[0].scores
+    everything = entries[0].own
     assert everything["f1"] == pytest.approx(0.5) and everything["auroc"] == 0.5  # 8 of 24
     assert everything["average_precision"] == pytest.approx(8 / 24)
-    assert entries[1].scores["auroc"] > 0.9  # a bright square is plain to see in a thumbnail
+    # A bright square is plain to see in a thumbnail.
+    assert entries[1].own["auroc"] > 0.9 and entries[1].fixed["auroc"] > 0.9
     for folder, entry in zip(runs, entries[2:], strict=True):
-        assert entry.scores == read_json(folder / "result.json")["val_offline"]
+        result = read_json(folder / "result.json")
+        assert entry.own == result["val_offline"] and entry.fixed == result["val_offline_fixed"]
     text = table(entries, val)
+    assert text.splitlines()[-1].split()[-1] == f"{entries[-1].fixed['auroc']:.3f}"
     assert "24 labelled images, 8 defects" in text and len(text.splitlines()) == 6
 
 
@@ -43,6 +46,27 @@ def test_the_command_prints_a_table_and_draws_a_picture(runs, tmp_path, capsys):
     assert "simclr, resnet18" in capsys.readouterr().out
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape[0] > 500 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_a_run_without_labels_of_its_own_is_in_the_table(tmp_path, capsys):
+    blind = write_set(tmp_path / "set", unlabelled=64)
+    quick = ["data.train_defect_proportion=null", "optimization.epochs=1"]
+    folder = run("simclr", tmp_path, blind, "blind", *quick)
+    main([str(folder), "--out", str(tmp_path / "blind.png")])
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert line.startswith("simclr, resnet18") and line.split()[2:] == ["-"] * 4
+    assert (tmp_path / "blind.png").exists()
+
+
+def test_paths_may_start_at_home_and_hold_no_control_characters(runs, monkeypatch, capsys):
+    home = runs[0].parent
+    monkeypatch.setenv("HOME", str(home))
+    main(["~/random", "~/simclr", "--out", "~/c.png"])
+    assert (home / "c.png").exists() and f"picture: {home}/c.png" in capsys.readouterr().out
+    for words in (["a\nb"], ["~/random", "--out", "a\x1b.png"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2 and "control character" in capsys.readouterr().err
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys):

@@ -1,12 +1,14 @@
 import dataclasses
+import json
 
 import pytest
 from conftest import ROOT, python
 
 import simclr
-from common.running.config import load_config, read_config, run_name
+from common.running.config import differences, load_config, read_config, run_name
 from common.running.errors import ConfigError
-from common.running.schema import parse_yaml
+from common.running.folder import note_refused_config
+from common.running.schema import parse_override, parse_yaml
 
 R18 = str(ROOT / "configs/simclr_r18.yaml")
 
@@ -21,6 +23,50 @@ def test_overrides_are_parsed_as_yaml_and_the_last_wins():
     assert load("optimization.lr=1").optimization.lr == 1.0  # a whole number is a number
     assert load("data.train_defect_proportion=null").data.train_defect_proportion is None
     assert load("run.name=a b/c".replace("/", "_")).run.name == "a b_c"
+
+
+@pytest.mark.parametrize(
+    "text", ["site #4", "#4", "a #", "# ", "site#4", "#", "'a #b", "a # b # c", "\ue000 #", "ü #😀"]
+)
+def test_an_overrides_value_keeps_its_hash(text):
+    assert load(f"data.image_root={json.dumps(text, ensure_ascii=False)}").data.image_root == text
+    if text[0] != "'":
+        assert load(f"data.image_root={text}").data.image_root == text.strip()
+    assert load(f"run.name=x{text.replace(' ', '_')}").run.name == f"x{text.replace(' ', '_')}"
+
+
+def test_hashes_are_kept_in_all_of_a_value():
+    assert parse_override("a.b={c #: [d #e, 'f #', 1], g: 0.5}") == (
+        "a.b",
+        {"c #": ["d #e", "f #", 1], "g": 0.5},
+    )
+    assert parse_override("a=1 #2") == ("a", "1 #2") and parse_override("a=1e-3") == ("a", 0.001)
+    assert parse_yaml("a: b #c", "a file") == {"a": "b"}
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (ROOT / "configs/simclr_r18.yaml").read_text()
+    text = text.replace("output_dir: runs", "output_dir: ~/runs")
+    (tmp_path / "c.yaml").write_text(text)
+    cfg = load(*(f"data.{k}=~/x~" for k in ("image_root", "train_csv", "val_csv")), path="~/c.yaml")
+    paths = cfg.data.image_root, cfg.data.train_csv, cfg.data.val_csv
+    assert paths == (f"{tmp_path}/x~",) * 3 and cfg.run.output_dir == f"{tmp_path}/runs"
+    assert load("run.name=~").run.name is None and load("run.name=~x").run.name == "~x"
+    note_refused_config({"run": {"output_dir": "~/runs", "name": "bad"}}, "why")
+    assert (tmp_path / "runs/bad/status.json").exists()
+
+
+def test_control_characters_of_a_file_are_told_by_key(tmp_path):
+    text = (ROOT / "configs/simclr_r18.yaml").read_text()
+    text = text.replace("output_dir: runs", 'output_dir: "a\\nb"')
+    (tmp_path / "c.yaml").write_text(text.replace("name: null", 'name: "two\\nlines"'))
+    with pytest.raises(ConfigError) as error:
+        load(path=str(tmp_path / "c.yaml"))
+    for words in (r"run.output_dir: 'a\nb' holds a control", r"run.name: 'two\nlines' holds"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match=r"--config: 'c\\n.yaml' holds a control character"):
+        load(path="c\n.yaml")
 
 
 def test_overrides_may_stand_anywhere():
@@ -67,6 +113,17 @@ def test_a_config_cannot_be_changed():
         ("epochs", ["epochs", "section.key=value"]),
         ("data.image_root=&a x", ["anchor"]),
         ("data.image_root=!!python/name:os.system", ["tag"]),
+        ("data.image_root=", ["data.image_root", "a path", "null"]),
+        ('run.output_dir="a\\nb"', ["run.output_dir", r"'a\nb'", "control character"]),
+        ('run.name="a\\x1b[2Jb"', ["run.name", r"'a\x1b[2Jb'", "control character"]),
+        ('data.train_csv="a\\u2028b"', ["data.train_csv", "control character"]),
+        ('"run\\n".name=x', [r"unknown key"]),
+        ("run.output_dir=a\nb", [r"'run.output_dir=a\nb'", "control character"]),
+        ("run.name=a\tb", ["control character"]),
+        ('data={image_root: ["x\\0"]}', ["image_root", "control character"]),
+        ('data={"image\\nroot": 1}', [r"'image\nroot'", "control character"]),
+        ("data.image_root=[a #b", ["override 'data.image_root=[a #b'"]),
+        ('data.image_root="\\#"', ["unknown escape character '#'"]),
     ],
 )
 def test_a_mistake_is_named(override, words):
@@ -144,3 +201,34 @@ def test_a_typo_ends_with_one_sentence_and_a_status(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "simclr_r18.yaml" in done.stderr and "optimization.lrr" in done.stderr
     assert '"failed"' in (tmp_path / "typo" / "status.json").read_text()
+
+
+def test_a_key_that_is_null_changes_no_name_and_makes_no_difference():
+    cfg = load("data.image_root=i", "data.train_csv=t", "data.val_csv=v")
+    name = "simclr_resnet18_p45_s42_12df36f3"  # of this release and later ones
+    assert run_name(cfg) == name
+
+    later = dataclasses.make_dataclass(
+        "Later", [("more", dict, None), ("null", object, None)], bases=(simclr.Config,), frozen=True
+    )
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    assert run_name(later(**values, more={"a": None, "b": {"c": None}}, null=None)) == name
+    assert run_name(later(**values, more={"a": 0}, null=None)) != name
+    assert run_name(later(**values, more={}, null=False)) != name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ({}, {"a": None}, []),
+        ({"a": {"b": None}}, {"c": None}, []),
+        ({"a": None}, {"a": {"b": {"c": None}}}, []),
+        ({"a": None}, {"a": {"b": 1}}, ["a.b: null -> 1"]),
+        ({"a": {"b": 1}}, {}, ["a.b: 1 -> null"]),
+        ({"a": 0}, {}, ["a: 0 -> null"]),
+        ({"a": {"b": 1}}, {"a": 3}, ['a: {"b": 1} -> 3']),
+        ({"a": 3}, {"a": {}}, ["a: 3 -> {}"]),
+    ],
+)
+def test_what_differs_between_two_configs(old, new, lines):
+    assert differences(old, new) == lines

@@ -1,5 +1,6 @@
 """Grids: which runs they are, and that these are started, stopped, gone on with and retried."""
 
+import importlib
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY
-from small import HEAD
+from small import HEAD, make_up
 
+from common.running.config import load_config
 from common.running.errors import ConfigError
 from common.running.folder import read_json, write_json
 from common.study import launch
@@ -83,6 +86,62 @@ def test_the_nearer_override_wins(tmp_path):
     assert byol.cfg.seed == simclr.cfg.seed == 4
 
 
+AWKWARD = [
+    "site #4",
+    'it\'s "5"',
+    "50% {a} $HOME `b`",
+    "ü 😀 \\\\ \\n",
+    "a: [b], {c}",
+    "true",
+    "x;y|&",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_what_a_grid_says_comes_back_from_the_scripts_command_line(tmp_path, text):
+    axes = {"data.train_csv": [text], "seed": [1]}
+    path = write_grid(tmp_path / "g.yaml", a=group(axes=axes, **{"data.image_root": text}))
+    words = json.dumps(text, ensure_ascii=False)
+    run = read_grid(path, [f"run.output_dir={words}", f"run.name={words.replace('/', '')}"])[0]
+    cfg = importlib.import_module("simclr").Config
+    back = load_config(cfg, run.command()[2:])
+    assert back == run.cfg and back.data.image_root == back.data.train_csv == text
+    assert back.run.output_dir == back.run.name == text
+    plain = read_grid(path, ["run.output_dir=site #4", "seed=[1, 2]"])
+    assert {r.cfg.run.output_dir for r in plain} == {"site #4"} and len(plain) == 2
+
+
+@pytest.mark.parametrize("where", ["group", "config", "key", "value", "axis"])
+def test_control_characters_in_a_grid_are_refused(tmp_path, where):
+    text = "a\x1b[2J\nb"
+    content = {
+        "group": {text: group()},
+        "config": {"a": group([text])},
+        "key": {"a": group(**{text: 1})},
+        "value": {"a": group(**{"run.name": text})},
+        "axis": {"a": group(axes={"data.train_csv": [text]})},
+    }[where]
+    with pytest.raises(ConfigError) as error:
+        read_grid(write_grid(tmp_path / "g.yaml", **content))
+    assert "control character" in str(error.value) and "\x1b" not in str(error.value)
+    with pytest.raises(ConfigError, match="control character"):
+        read_grid(write_grid(tmp_path / "g.yaml", a=group()), [f"run.output_dir={text}"])
+
+
+def test_a_home_folder_is_expanded_in_a_grids_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text((ROOT / "configs/simclr_r18.yaml").read_text())
+    overrides = {"run.output_dir": "~/runs", "seed": 1}
+    write_grid(tmp_path / "g.yaml", a=group(["~/c.yaml"], **overrides))
+    main(["plan", "--grid", "~/g.yaml"])
+    assert "--config" in capsys.readouterr().out
+    assert read_grid("~/g.yaml")[0].folder.parent == tmp_path / "runs"
+    for option in ("--grid", "--out"):
+        with pytest.raises(SystemExit) as end:
+            main(["report", option, "a\nb"])
+        assert end.value.code == 2 and "control character" in capsys.readouterr().err
+
+
 def write_grid(path, **groups):
     path.write_text(yaml.safe_dump({"groups": groups}))
     return path
@@ -132,15 +191,15 @@ def test_the_time_left_comes_from_what_is_finished(tmp_path, tiny_set):
     runs = read_grid(path, overrides)
     assert TimeLeft(runs).seconds() == (0, 3, 3)
     assert TimeLeft(runs).text(1).startswith("3 left, 3 of unknown length")
-    runs[0].folder.mkdir()
-    rows = {"normal": 37, "defect": 12, "unlabelled": 8}
-    write_json(runs[0].folder / "result.json", {"train_rows": rows, "epochs": 2, "seconds": 114})
+    make_up(runs[0], np.random.default_rng(0))
+    result = read_json(runs[0].folder / "result.json")
+    write_json(runs[0].folder / "result.json", result | {"epochs": 2, "seconds": 114})
     assert [state(run)[0] for run in runs] == ["finished", "queued", "queued"]
     assert TimeLeft(runs).seconds() == (pytest.approx(2 * 114), 2, 0)
     assert "about 01:54 with 2 at a time" in TimeLeft(runs).text(2)
     runs[1].folder.mkdir()
     batch, images = runs[1].cfg.optimization.batch_size, 57 * 2
-    (runs[1].folder / "log.jsonl").write_text('{"kind": "step", "step": 3}\n')
+    (runs[1].folder / "log.jsonl").write_text('{"step": 3, "samples_per_second": 9}\n')
     left = 1 + (images - 3 * batch) / images
     assert TimeLeft(runs).seconds() == (pytest.approx(left * 114), 2, 0)
     assert cost_key(runs[0]) == "simclr resnet18  32 px"
@@ -213,14 +272,6 @@ def test_a_failed_run_is_listed_with_its_log_and_the_others_go_on(tmp_path, tiny
     assert log_path(runs[0]).read_text().count("error: ") == 1  # not retried
     assert [state(run)[0] for run in runs] == ["failed", "finished"]
     assert f"failed: {runs[0].name}" in door("status", "--grid", path).communicate()[0]
-
-
-def test_calibration_times_what_nothing_is_known_of(tmp_path, tiny_set):
-    path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 20})
-    said = door("plan", "--calibrate", "--grid", path).communicate()[0]
-    known = json.loads((tmp_path / "runs/calibration.json").read_text())
-    assert list(known) == ["simclr resnet18  32 px"] and 0 < known["simclr resnet18  32 px"] < 1
-    assert "unknown" not in said and "2 runs; 2 left, about" in said
 
 
 class Child:
@@ -344,3 +395,30 @@ def test_a_run_whose_result_was_taken_away_is_made_again(tmp_path, tiny_set):
     run.folder.mkdir(parents=True)
     write_json(run.folder / "status.json", {"state": "finished"})
     assert state(run) == ("preempted", "no result.json")
+
+
+def test_more_processes_a_run_than_gpus_are_refused(tmp_path, tiny_set, monkeypatch, capsys):
+    path = str(small_grid(tmp_path, tiny_set, [1]))
+    monkeypatch.setattr(launch.Launcher, "run", lambda self: 0)
+    for gpus, nproc, code in ((2, 4, 2), (2, 2, 0), (0, 4, 0), (1, 2, 2)):
+        monkeypatch.setattr(launch.torch.cuda, "device_count", lambda n=gpus: n)
+        with pytest.raises(SystemExit) as end:
+            main(["run", "--grid", path, "--nproc", str(nproc)])
+        assert end.value.code == code
+        if code:
+            assert f"--nproc {nproc}: this machine has {gpus} GPU" in capsys.readouterr().err
+
+
+def test_the_time_left_comes_from_a_runs_own_log_where_none_is_finished(tmp_path, tiny_set):
+    overrides = [*tiny_set, *TINY, f"run.output_dir={tmp_path}"]
+    runs = read_grid(write_grid(tmp_path / "g.yaml", a=group(axes={"seed": [1, 2]})), overrides)
+    runs[0].folder.mkdir()
+    images, batch = 57 * 2, runs[0].cfg.optimization.batch_size
+    log = runs[0].folder / "log.jsonl"
+    for line in ("", "{", '{"step": 3}\n', '{"step": 3, "samples_per_second": 0}\n', "[]\n"):
+        log.write_text(line)
+        assert TimeLeft(runs).seconds() == (0, 2, 2)
+    log.write_text('{"step": 1, "samples_per_second": 9}\n{"step": 3, "samples_per_second": 4}\n')
+    seconds = (2 * images - 3 * batch) / 4
+    assert TimeLeft(runs).seconds() == (pytest.approx(seconds), 2, 0)
+    assert "2 left, about" in TimeLeft(runs).text(1)

@@ -25,18 +25,17 @@ def test_nobody_imports_a_script(path):
     assert not {p.stem for p in SCRIPTS} & {name.split(".")[0] for name in imported(path)}
 
 
-COMMANDS = ("synthetic", "compare")  # the rest of common/ itself is the science
+COMMANDS = ("synthetic", "compare", "sets/deeppcb")  # the rest of common/ itself is the science
 FOR_ALL = {f"common.running.{name}" for name in ("keyed", "errors", "progress")}
 
 
 def room(path):
-    """The folder below common/ that a module lies in, `commands` or `science`."""
-    folder = path.relative_to(ROOT / "common").parts[0]
-    return (
-        folder
-        if folder in ("running", "sets", "study")
-        else ("commands" if path.stem in COMMANDS else "science")
-    )
+    """`commands`, the folder below common/ that a module lies in, or `science`."""
+    name = path.relative_to(ROOT / "common").with_suffix("").as_posix()
+    if name in COMMANDS:
+        return "commands"
+    folder = name.split("/")[0]
+    return folder if folder in ("running", "sets", "study") else "science"
 
 
 MAY_IMPORT = {

@@ -1,24 +1,25 @@
 """What holds for each of the six methods, and what makes their runs comparable."""
 
 import importlib
-import os
-import signal
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import on_ranks, python
-from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step
+from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step, stop_at
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 import mae
+from common.annotations import read_annotations
+from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
+from common.data import TrainImages
 from common.probe import RunningScores
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
-from common.running.run import Run
 
 
 def inputs(n=8, size=32, seed=3):
@@ -189,34 +190,6 @@ def test_the_teachers_numbers_are_in_the_log(finished):
     assert read_log(finished("simclr")[0], "step")[0]["diagnostics"] == {}
 
 
-STORED_LOSSES = {
-    "simclr": [3.6720, 3.2267, 3.4996, 3.3949, 3.3720, 3.3368],
-    "byol": [3.4938, 3.2004, 3.2044, 3.3595, 2.9953, 3.2605],
-    "barlow": [0.4591, 0.3429, 0.3660, 0.3966, 0.3798, 0.2601],
-    "dino": [4.7711, 5.3259, 4.7120, 5.0843, 4.8647, 5.2024],
-    "mae": [1.2877, 1.2171, 1.1754, 1.1295, 1.1015, 1.0883],
-    "supervised": [0.9244, 0.8604, 0.4300, 0.2461, 0.1531, 0.0732],
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_first_losses_are_as_stored(method, finished):
-    losses = [record["loss"] for record in read_log(finished(method)[0], "step")]
-    assert losses == pytest.approx(STORED_LOSSES[method], rel=2e-3)
-
-
-def stop_at(monkeypatch, at):
-    """Let a SIGTERM arrive in that step."""
-    original = Run.end_step
-
-    def stopping(self, *args):
-        if self.step + 1 == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    monkeypatch.setattr(Run, "end_step", stopping)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_goes_on_bit_for_bit(method, finished, tmp_path, tiny_set, monkeypatch):
     """SIGTERM in mid-epoch and at an epoch's last step; then the same command."""
@@ -302,10 +275,15 @@ def test_a_gradient_scaler_changes_nothing(method, finished, tmp_path, tiny_set,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_trains(method, tmp_path, tiny_set):
-    folder = run(method, tmp_path, tiny_set, "bf16", "optimization.precision=bf16")
-    losses = [record["loss"] for record in read_log(folder, "step")]
-    assert losses == pytest.approx(STORED_LOSSES[method], rel=0.2)
+def test_bf16_trains(method, finished, tmp_path, tiny_set, monkeypatch):
+    """As fp32 does on the same machine: apart by rounding (8 bits) and its growth."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run(method, tmp_path, tiny_set, "bf16", "optimization.precision=bf16")
+    folders = tmp_path / "bf16", finished(method)[0]
+    half, single = ([record["loss"] for record in read_log(f, "step")][:3] for f in folders)
+    assert half[0] == pytest.approx(single[0], rel=0.02) and half[0] != single[0]
+    assert half == pytest.approx(single, rel=0.2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -335,8 +313,36 @@ def test_a_random_encoder_stays_random(method, backbone, tmp_path, tiny_set):
     fresh, _ = build_backbone(backbone, 32, 8 if backbone == "vit_tiny" else None)
     if method == "mae":  # draws first weights of its own
         fresh = mae.MAE(fresh, 0.75, 32, 1, 4, "class_token").backbone
-    for name, tensor in fresh.state_dict().items():
+    for name, tensor in fresh.named_parameters():
         assert torch.equal(tensor, saved["model"][f"backbone.{name}"]), name
+    # Only its BatchNorm statistics have moved, and far enough: 50 batches of one view or two.
+    views = 1 if method == "supervised" else 2
+    for name, tensor in fresh.named_buffers():
+        now = saved["model"][f"backbone.{name}"]
+        if name.endswith("num_batches_tracked"):
+            assert now == views * 53
+        assert not torch.equal(tensor, now), name
+
+
+def test_a_random_encoders_statistics_are_those_of_the_data(tmp_path, tiny_set):
+    """Untouched (mean 0, variance 1) they would make it a network without normalisation."""
+    quick = ["optimization.epochs=1", "run.frozen_encoder=true", "data.image_size=48"]
+    folder = run("simclr", tmp_path, tiny_set, "frozen", *quick)
+    backbone, _ = build_backbone("resnet18", 48)
+    saved = read_checkpoint(folder / "last.pt")["model"]
+    own = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
+    backbone.load_state_dict(own)
+    overrides = dict(text.partition("=")[::2] for text in tiny_set)
+    train = read_annotations(overrides["data.train_csv"])
+    crops = CropViews(48, 0.395, 0.275, 0.5, 2, 42)
+    images = TrainImages(overrides["data.image_root"], train, crops)
+    batch = default_collate([images[7, row] for row in range(64)])
+    with torch.no_grad():
+        view = ColorJitterNormalize(42)(batch.views, batch.factors, 0)[0]
+        evaluated = backbone.eval()(view)
+        normalised = backbone.train()(view)
+    ratio = float(evaluated.std(dim=0).mean() / normalised.std(dim=0).mean())
+    assert 0.7 < ratio < 1.4  # .2 with untouched statistics
 
 
 def torchrun(*args):

@@ -6,7 +6,7 @@ from conftest import on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from common.offline_probe import fit_logistic, offline_probe, stratified_sample
+from common.offline_probe import apply_probe, fit_logistic, offline_probe, stratified_sample
 from common.probe import LinearProbe, RunningScores, pos_weight
 
 
@@ -53,6 +53,17 @@ def test_without_a_label_nothing_happens():
     probe.step(features, labels, lr=0.1)
     for name, value in probe.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_it_knows_whether_it_has_seen_both_classes():
+    probe = LinearProbe(6, 0.9, 0.0, 1.0)
+    features, _ = batch(0)
+    for labels, seen in (([-1] * 24, (0, 0)), ([0] * 20 + [-1] * 4, (40, 0))):
+        probe.step(features, torch.tensor(labels, dtype=torch.int8), lr=0.1)
+        assert tuple(probe.seen.tolist()) == seen
+        assert f"{seen[0]} normal and 0 defect" in probe.unlearned()
+    probe.step(features, torch.tensor([1] * 3 + [-1] * 21, dtype=torch.int8), lr=0.1)
+    assert probe.seen.tolist() == [40, 6] and probe.unlearned() is None
 
 
 def probe_on_a_rank():
@@ -123,6 +134,23 @@ def test_running_scores_survive_a_resume_in_mid_epoch():
         assert all(torch.equal(a, b) for a, b in zip(scores(cut), (rows, logits), strict=True))
 
 
+def test_running_scores_hold_no_file_descriptor_of_a_worker():
+    running, shared = RunningScores(), torch.arange(24).share_memory_()
+    running.add(shared, torch.zeros(2, 24))
+    assert not any(rows.is_shared() for rows in running._rows)
+
+
+def test_running_scores_leave_out_what_overflowed_only_where_a_scaler_does():
+    for leave_out, n in ((True, 24), (False, 48)):
+        running = RunningScores(leave_out)
+        running.add(torch.arange(12), torch.ones(2, 12))
+        running.keep_last_if(torch.tensor(True))
+        running.add(torch.arange(12), torch.zeros(2, 12))
+        running.keep_last_if(torch.tensor(False))
+        rows, logits = running.gather()
+        assert len(rows) == n and bool(logits.isfinite().all()) is leave_out
+
+
 def regression_set(seed=0, n=300, dim=12):
     g = torch.manual_seed(seed)
     x = torch.randn(n, dim, generator=g).double()
@@ -143,21 +171,26 @@ def test_the_offline_fit_is_scikit_learns(l2):
 
 def test_the_offline_probe_ranks_unseen_images_and_chooses_l2_on_train_alone():
     x, y = regression_set(n=600)
-    logits, fit = offline_probe(x[:300].float() * 50 + 7, y[:300], x[300:].float() * 50 + 7, 2.0, 1)
+    raw = x.float() * 50 + 7
+    weight, fit = offline_probe(raw[:300], y[:300], 2.0, 1)
+    logits = apply_probe(weight, raw[300:])
     assert ((logits > 0) == (y[300:] == 1)).double().mean() > 0.85
-    assert fit["fit_rows"] == 300
-    other, same_fit = offline_probe(x[:300].float() * 50 + 7, y[:300], x[:5].float(), 2.0, 1)
-    assert same_fit == fit and len(other) == 5
+    assert fit["fit_rows"] == 300 and fit["fit_defects"] == int(y[:300].sum())
+    # Folded or not, it is the regression on standardised features.
+    mean, std = raw[:300].double().mean(dim=0), raw[:300].double().std(dim=0, correction=0)
+    w, _ = fit_logistic((raw[:300].double() - mean) / std, y[:300], fit["l2"], 2.0)
+    expected = (raw[300:].double() - mean) / std @ w[:-1] + w[-1]
+    torch.testing.assert_close(logits, expected)
     constant = torch.cat([x[:300], torch.ones(300, 1)], dim=1)
-    assert torch.isfinite(offline_probe(constant, y[:300], constant, 1.0, 1)[0]).all()
+    assert torch.isfinite(offline_probe(constant, y[:300], 1.0, 1)[0]).all()
 
 
 def test_too_few_rows_for_a_fit_are_said():
     x, _ = regression_set(n=5)
-    logits, why = offline_probe(x, np.array([0, 0, 0, 0, 1]), x, 1.0, 0)
-    assert logits is None and "1 defect" in why
+    weight, why = offline_probe(x, np.array([0, 0, 0, 0, 1]), 1.0, 0)
+    assert weight is None and "1 defect" in why
     x, y = regression_set(n=4)
-    assert offline_probe(x, np.array([0, 0, 1, 1]), x, 1.0, 0)[1]["converged"]  # two folds
+    assert offline_probe(x, np.array([0, 0, 1, 1]), 1.0, 0)[1]["converged"]  # two folds
 
 
 def test_the_sample_for_the_fit_is_stratified_and_labelled():

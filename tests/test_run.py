@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, on_ranks, python, write_set
-from small import arguments, outcome, run
+from small import arguments, outcome, run, stop_at
 
 import simclr
+from common.offline_probe import apply_probe
 from common.running.checkpoint import TrainState, read_checkpoint
-from common.running.config import identity, load_config
-from common.running.folder import open_folder, read_json
+from common.running.config import load_config
+from common.running.folder import read_json
+from common.running.standing import open_folder
 
 METHOD = "simclr"
 
@@ -32,11 +35,11 @@ def finished(tmp_path_factory, tiny_set):
 
 def test_a_run_leaves_what_the_design_says(finished, tiny_set):
     names = "config.yaml provenance.json train_subset.csv log.jsonl tensorboard last.pt"
-    names += " val_scores.npz features_val.npz result.json status.json views.png"
+    names += " val_scores.npz features_val.npz offline_probe.npz result.json status.json views.png"
     assert set(names.split()) <= set(os.listdir(finished))
     result = read_json(finished / "result.json")
     scores = "precision recall f1 f2 f2_ciw f2_ciw_strict f1_normal auroc average_precision"
-    for part in ("train", "val", "val_offline"):
+    for part in ("train", "val", "val_offline", "val_offline_fixed"):
         assert set(f"{scores} threshold n n_defect".split()) <= set(result[part])
     assert list(result["val_at"]) == ["0.01", "0.02", "0.05", "0.15", "0.45"]
     assert result["method"] == "simclr" and result["epochs"] == 2
@@ -68,18 +71,6 @@ def test_a_finished_run_is_left_alone(finished, tmp_path, tiny_set, capsys):
     assert stop.value.code == 2 and "optimization.lr: 0.3 -> 0.1" in capsys.readouterr().err
 
 
-def stop_at(monkeypatch, step):
-    """Let a SIGTERM arrive in that step."""
-    original = simclr.Run.end_step
-
-    def stopping(self, *args, **kwargs):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(simclr.Run, "end_step", stopping)
-
-
 @pytest.mark.parametrize("steps", [(1,), (2, 3, 5)])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, tiny_set, monkeypatch, steps):
     """SIGTERM after given steps: in mid-epoch, at an epoch's last step; then the same command."""
@@ -95,6 +86,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, tiny_set, monkeyp
         assert ours == whole
 
 
+def wait_for(condition, process):
+    """Until condition() holds, while the process runs."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, tmp_path, tiny_set):
     """SIGKILL a few times, after whatever the log says was reached; other worker counts too."""
     argv = [sys.executable, "simclr.py", *arguments(METHOD, tiny_set, tmp_path, "killed")]
@@ -103,10 +102,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, tmp_path, tiny
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for lines in (2, 5):
         process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not (log.exists() and log.read_text().count("\n") >= lines):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda n=lines: log.exists() and log.read_text().count("\n") >= n, process)
         process.kill()
         process.wait()
     folder = run(METHOD, tmp_path, tiny_set, "killed", "data.num_workers=1")
@@ -114,7 +110,9 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, tmp_path, tiny
         assert ours == whole
 
 
-@pytest.mark.parametrize("part", ["optimizer", "probe", "scores", "loss_sum", "train_scores"])
+@pytest.mark.parametrize(
+    "part", ["optimizer", "probe", "scores", "loss_sum", "loss_steps", "train_scores"]
+)
 def test_each_part_of_the_checkpoint_is_needed(finished, tmp_path, tiny_set, monkeypatch, part):
     """The control of the two tests above: without one part, the outcome differs."""
     if part == "train_scores":  # needed where only the finish is left to do
@@ -125,9 +123,10 @@ def test_each_part_of_the_checkpoint_is_needed(finished, tmp_path, tiny_set, mon
         run(METHOD, tmp_path, tiny_set, "part")
     monkeypatch.undo()
     restore = TrainState.restore
+    plain = ("loss_sum", "loss_steps", "train_scores")
 
     def forgetful(self, saved, is_first_rank):
-        kept = {p: getattr(self, p) for p in (part,) if p in ("loss_sum", "train_scores")}
+        kept = {p: getattr(self, p) for p in (part,) if p in plain}
         fresh = TrainState(self.model, self.optimizer, self.probe, self.scaler).capture()
         restore(self, saved | ({part: fresh[part]} if part not in kept else {}), is_first_rank)
         for name, value in kept.items():
@@ -175,7 +174,7 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
 def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):
     argv = arguments(METHOD, tiny_set, tmp_path, "locked")
     cfg = load_config(simclr.Config, argv)
-    lock, _ = open_folder(tmp_path / "locked", identity(cfg, False), identity(cfg, True))
+    lock, _ = open_folder(tmp_path / "locked", cfg)
     done = python("simclr.py", *argv)
     lock.close()
     assert done.returncode == 2 and f'"pid": {os.getpid()}' in done.stderr
@@ -263,6 +262,176 @@ def test_without_any_label_there_are_features_but_no_scores(tmp_path):
     assert result["label_free"]["rankme"] > 1
 
 
+def test_the_offline_probes_are_kept_and_the_fixed_one_is_of_all_labels(finished):
+    result = read_json(finished / "result.json")
+    assert result["val_offline"]["fit_rows"] == 49 and result["val_offline"]["fit_defects"] == 12
+    fixed = result["val_offline_fixed"]
+    assert fixed["fit_rows"] == 56 and fixed["fit_defects"] == 19  # 64 rows less 8 without a label
+    with (
+        np.load(finished / "offline_probe.npz") as probes,
+        np.load(finished / "features_val.npz") as features,
+        np.load(finished / "val_scores.npz") as scores,
+    ):
+        assert list(features["filename"]) == list(scores["filename"])
+        for name in ("offline", "offline_fixed"):
+            weight = torch.from_numpy(probes[name])
+            logits = apply_probe(weight, torch.from_numpy(features["features"])).numpy()
+            spread = scores[f"logit_{name}"].std()
+            assert (
+                np.abs(logits - scores[f"logit_{name}"]).max() < 0.05 * spread
+            )  # float16 features
+
+
+def test_the_fixed_probe_is_the_same_for_every_proportion_and_seed(tmp_path, tiny_set):
+    """Of equal features: a random ViT has no statistics, and its weights are the seed's."""
+    found = []
+    for i, p in enumerate((0.1, 0.25)):
+        overrides = [f"data.train_defect_proportion={p}", "run.frozen_encoder=true", "patch_size=8"]
+        folder = run(METHOD, tmp_path, tiny_set, f"p{i}", *overrides, backbone="vit_tiny")
+        found.append(read_json(folder / "result.json"))
+    assert found[0]["val_offline_fixed"] == found[1]["val_offline_fixed"]
+    assert found[0]["val_offline"] != found[1]["val_offline"]
+
+
+def only(overrides, folder, keep):
+    """The overrides of a set with a train.csv of those rows that keep(cells) is true of."""
+    lines = Path(overrides[1].partition("=")[2]).read_text().splitlines()
+    kept = [line for line in lines[1:] if keep(line.split(","))]
+    path = folder / "some.csv"
+    path.write_text("\n".join([lines[0], *kept]) + "\n")
+    return [overrides[0], f"data.train_csv={path}", overrides[2]]
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_training_on_one_class_is_no_mistake_but_gives_no_scores(tmp_path, tiny_set, label):
+    one_class = only(tiny_set, tmp_path, lambda cells: cells[-1] == label)
+    overrides = [*one_class, "data.train_defect_proportion=null"]
+    folder = run(METHOD, tmp_path, overrides, "one", *overrides)
+    result = read_json(folder / "result.json")
+    parts = {**result["val_at"], **{k: result[k] for k in ("train", "val")}}
+    for scores in (*parts.values(), result["val_offline"], result["val_offline_fixed"]):
+        known = {k for k, v in scores.items() if v is not None}
+        assert known <= {"n", "n_defect", "undefined"}
+        why = scores["undefined"]["auroc"]
+        assert ("0 defect" if label == "0" else "0 normal") in why
+    assert result["val"]["n"] == 24 and result["label_free"]["rankme"] > 1
+    with np.load(folder / "val_scores.npz") as stored:
+        assert all(np.isnan(stored[name]).all() for name in stored.files if "logit" in name)
+    with pytest.raises(SystemExit) as stop:
+        run("supervised", tmp_path, overrides, "supervised", *overrides)
+    assert stop.value.code == 2
+
+
+def test_one_image_a_rank_is_too_few_for_batchnorm_and_for_contrast(tmp_path, tiny_set, capsys):
+    for method, backbone in (("simclr", "resnet18"), ("dino", "resnet18"), ("simclr", "vit_tiny")):
+        quick = [
+            "optimization.batch_size=1",
+            "patch_size=8" if backbone == "vit_tiny" else "seed=1",
+        ]
+        with pytest.raises(SystemExit) as stop:
+            run(method, tmp_path, tiny_set, f"{method}_{backbone}", *quick, backbone=backbone)
+        assert stop.value.code == 2 and "optimization.batch_size" in capsys.readouterr().err
+    quick = ["optimization.batch_size=1", "optimization.epochs=1", "data.subset_size=4"]
+    quick += ["run.log_every=100", "patch_size=8"]
+    folder = run("supervised", tmp_path, tiny_set, "vit", *quick, backbone="vit_tiny")
+    assert (folder / "result.json").exists()  # a ViT needs no second image
+
+
+@pytest.mark.parametrize(
+    "left", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}]
+)
+def test_a_part_of_torchruns_environment_is_one_sentence(tmp_path, tiny_set, left):
+    argv = arguments(METHOD, tiny_set, tmp_path, "left")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | left
+    command = [sys.executable, "simclr.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert all(f"{name}={value}" in done.stderr for name, value in left.items())
+
+
+STARTED_BY = """
+import multiprocessing, sys
+import simclr
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    simclr.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(tmp_path, tiny_set, how, number):
+    """As timeout, Slurm, torchrun and a terminal's Ctrl-C send it; then the same command."""
+    (tmp_path / "start.py").write_text(STARTED_BY)
+    argv = arguments(METHOD, tiny_set, tmp_path, "group", "data.num_workers=2")
+    argv = [*argv, "optimization.epochs=60", "run.val_every_epochs=60"]
+    command = [sys.executable, str(tmp_path / "start.py"), how, *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "group/log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said and "killed" not in said
+    assert read_json(tmp_path / "group/status.json")["state"] == "preempted"
+
+
+HANGING = """
+import signal, sys, time
+import common.data, simclr
+from torch.utils.data import get_worker_info
+
+read, seen = common.data.TrainImages.__getitem__, []
+
+def hanging(self, key):
+    seen.append(key)
+    if get_worker_info() and len(seen) > 40:
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        time.sleep(10000)
+    return read(self, key)
+
+common.data.TrainImages.__getitem__ = hanging
+common.data.LOADER_TIMEOUT, common.data.SECONDS_AN_IMAGE = 1, 0.5
+simclr.main(sys.argv[1:])
+"""
+
+
+def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):
+    (tmp_path / "hang.py").write_text(HANGING)
+    argv = arguments(METHOD, tiny_set, tmp_path, "hang", "data.num_workers=1")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "hang.py"), *argv],
+        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 300},
+    )
+    assert done.returncode == 3, done.stderr
+    assert "longer than 9.0 s ends the run" in done.stderr  # 1 s, and .5 s an image of 16
+    assert read_json(tmp_path / "hang/status.json")["retryable"] is True
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_the_number_of_open_files_does_not_grow_with_the_batches(tmp_path, tiny_set, monkeypatch):
+    counts = []
+    original = simclr.Run.end_step
+
+    def counting(self, *args, **kwargs):
+        counts.append(open_files())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(simclr.Run, "end_step", counting)
+    quick = ["data.num_workers=1", "optimization.batch_size=4", "optimization.epochs=1"]
+    run(METHOD, tmp_path, tiny_set, "files", *quick, "run.log_every=100")
+    assert len(counts) == 14 and max(counts[4:]) <= counts[4] + 2, counts
+
+
 def three_ranks(method, argv, stop):
     if stop:
         original = simclr.Run.end_step
@@ -301,7 +470,8 @@ def test_three_ranks_stop_together_and_go_on_bit_for_bit(method, tmp_path, tiny_
 
 def test_an_image_that_one_rank_cannot_read_is_one_message(tmp_path):
     overrides = write_set(tmp_path / "set", n_train=32)
-    (tmp_path / "set/images/train_0007.png").write_bytes(b"junk")
+    path = tmp_path / "set/images/train_0007.png"
+    path.write_bytes(path.read_bytes()[:-100])  # its header is whole: found when it is decoded
     argv = ["simclr.py", *arguments(METHOD, overrides, tmp_path, "bad")]
     done = torchrun(*argv, "data.train_defect_proportion=null")
     assert done.stderr.count("error: ") == 1 and "train_0007.png" in done.stderr

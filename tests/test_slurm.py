@@ -1,12 +1,14 @@
 """A grid through Slurm. `make test-slurm` starts a one-node Slurm and runs this."""
 
+import fnmatch
+import json
 import os
 import subprocess
 import time
 
 import pytest
 from conftest import ROOT
-from test_grid import LONGER, door, small_grid
+from test_grid import LONGER, door, group, small_grid, write_grid
 
 from common.running.folder import read_json
 from common.study.grid import read_grid, state
@@ -63,8 +65,41 @@ def test_what_is_handed_to_slurm(tmp_path, tiny_set, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert submit(runs, 3, ["./run_grid.sh", "run", "a b"], ["--gres=gpu:1"]) == "17"
     script = tmp_path / "runs/logs/grid.sbatch"
-    assert (tmp_path / "words").read_text().split() == ["--parsable", "--gres=gpu:1", str(script)]
+    output = f"--output={script.parent}/slurm_%A_%a.log"
+    words = ["--parsable", output, "--gres=gpu:1", str(script)]
+    assert (tmp_path / "words").read_text().split() == words
     text = script.read_text()
     assert "--array=0-1%3" in text and "--requeue" in text and "run 'a b' --only" in text
     assert all(run.name in text for run in runs) and text.startswith(SCRIPT[:11])
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+@pytest.mark.parametrize("awkward", ['it\'s [1] "#"', "50% $HOME `a`;b", "-x *? {c}"])
+def test_names_and_folders_with_any_sign_reach_the_task_whole(tmp_path, monkeypatch, awkward):
+    """The script is run as Slurm would run it, with sbatch and the command pretended."""
+    name = json.dumps(awkward)
+    path = write_grid(tmp_path / "g.yaml", a=group(axes={"run.name": ["first", awkward]}))
+    runs = read_grid(path, [f"run.output_dir={json.dumps(str(tmp_path / awkward))}"])
+    (tmp_path / "bin").mkdir()
+    for command, says in (
+        ("sbatch", 'echo 1; printf "%s\\n" "$@" >'),
+        ("me", 'printf "%s\\n" "$@" >'),
+    ):
+        (tmp_path / f"bin/{command}").write_text(f"#!/bin/sh\n{says} '{tmp_path}/{command}.txt'\n")
+        (tmp_path / f"bin/{command}").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    submit(runs, 1, ["me", awkward, name], [])
+    words = (tmp_path / "sbatch.txt").read_text().splitlines()
+    logs = tmp_path / awkward / "logs"
+    assert words == [
+        "--parsable",
+        f"--output={logs}/slurm_%A_%a.log".replace(awkward, awkward.replace("%", "%%")),
+        f"{logs}/grid.sbatch",
+    ]
+    env = os.environ | {"SLURM_ARRAY_TASK_ID": "1"}
+    done = subprocess.run(["bash", words[-1]], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done
+    *first, only = (tmp_path / "me.txt").read_text().splitlines()
+    assert first == [awkward, name]
+    chosen = [r.name for r in runs if fnmatch.fnmatch(r.name, only.removeprefix("--only="))]
+    assert chosen == [awkward]

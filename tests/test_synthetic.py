@@ -134,3 +134,15 @@ def test_command_line(made, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             synthetic.main()
         assert stop.value.code == 2
+
+
+def test_the_folder_may_start_at_home_and_holds_no_control_characters(made, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(made.parent))
+    same = ["--train", "24", "--val", "12", "--size", "32", "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--out", f"~/{made.name}", *same])
+    synthetic.main()
+    assert "already there" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--out", "a\nb", *same])
+    with pytest.raises(SystemExit) as stop:
+        synthetic.main()
+    assert stop.value.code == 2 and "control character" in capsys.readouterr().err

@@ -6,9 +6,11 @@ prev.pt the one before.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +19,15 @@ from torch import nn
 
 from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
-from common.running.errors import UserError
+from common.running.errors import REMEDY, UserError
 
-FORMAT = 1
+FORMAT = 2
 LAST, PREVIOUS = "last.pt", "prev.pt"
+# What exFAT, cloud drives and network shares answer to a call that they do not have.
+NOT_SUPPORTED = {
+    getattr(errno, name) for name in ("EPERM", "EACCES", "ENOSYS", "ENOTSUP", "EINVAL")
+}
+NOT_SUPPORTED |= {getattr(errno, name) for name in ("EOPNOTSUPP", "EMLINK", "EXDEV", "ENOTTY")}
 
 
 @dataclass
@@ -31,9 +38,15 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     probe: LinearProbe
     scaler: torch.amp.GradScaler
-    scores: RunningScores = field(default_factory=RunningScores)  # of the current epoch
+    scores: RunningScores = field(init=False)  # of the current epoch
     loss_sum: float | torch.Tensor = 0.0  # over the current epoch's steps, mean over ranks
+    loss_steps: int | torch.Tensor = 0  # that are in that sum: those with a finite loss
     train_scores: dict | None = None  # of the last whole epoch
+    skipped_steps: int = 0  # of the whole run, by the scaler
+    skipped_in_a_row: int = 0  # until now
+
+    def __post_init__(self):
+        self.scores = RunningScores(leave_out=self.scaler.is_enabled())
 
     def capture(self):
         """The state as plain types and tensors. All ranks call it (scores are gathered)."""
@@ -45,7 +58,10 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "scores": {"rows": rows, "logits": logits},
             "loss_sum": float(self.loss_sum),
+            "loss_steps": int(self.loss_steps),
             "train_scores": self.train_scores,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def restore(self, saved, is_first_rank):
@@ -55,8 +71,8 @@ class TrainState:
         self.probe.load_state_dict(saved["probe"])
         self.scaler.load_state_dict(saved["scaler"])
         self.scores.restore(**saved["scores"], is_first_rank=is_first_rank)
-        self.loss_sum = saved["loss_sum"]
-        self.train_scores = saved["train_scores"]
+        for name in ("loss_sum", "loss_steps", "train_scores", "skipped_steps", "skipped_in_a_row"):
+            setattr(self, name, saved[name])
 
 
 def check_finite(name, content):
@@ -67,8 +83,7 @@ def check_finite(name, content):
     elif isinstance(content, (float, torch.Tensor)):
         if not torch.isfinite(torch.as_tensor(content)).all():
             raise UserError(
-                f"{name} is not finite, so nothing is saved; the last checkpoint stays. Lower "
-                "optimization.lr, or use optimization.precision=bf16 or fp32"
+                f"{name} is not finite, so nothing is saved; the last checkpoint stays. {REMEDY}"
             )
 
 
@@ -92,7 +107,7 @@ def save_checkpoint(folder, content, keep_last=True):
             os.fsync(file.fileno())
         if keep_last and (folder / LAST).exists():
             link.unlink(missing_ok=True)
-            os.link(folder / LAST, link)
+            _link_or_copy(folder / LAST, link)
             os.replace(link, folder / PREVIOUS)
         os.replace(new, folder / LAST)
         sync_folder(folder)
@@ -102,11 +117,26 @@ def save_checkpoint(folder, content, keep_last=True):
         raise
 
 
+def _link_or_copy(source, target):
+    """A second name for a file, or a copy of it on file systems that have no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def sync_folder(folder):
-    """Make the names in a folder last through a power cut."""
+    """Make the names in a folder last through a power cut, on file systems that can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,6 +12,7 @@ from typing import Literal
 from common.running.errors import ConfigError
 from common.running.schema import (
     Count,
+    FilePath,
     InnerProportion,
     Momentum,
     NonNegative,
@@ -20,16 +21,17 @@ from common.running.schema import (
     Proportion,
     Share,
     build,
-    parse_yaml,
+    parse_override,
+    path_argument,
     read_yaml,
 )
 
 
 @dataclass(frozen=True)
 class Data:
-    image_root: str
-    train_csv: str
-    val_csv: str
+    image_root: FilePath
+    train_csv: FilePath
+    val_csv: FilePath
     image_size: Count  # pixels, square
     train_defect_proportion: InnerProportion | None
     fraction: Share
@@ -72,7 +74,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class RunOptions:
-    output_dir: str
+    output_dir: FilePath
     name: str | None
     compile: Literal["auto"] | bool
     val_every_epochs: Count
@@ -112,14 +114,14 @@ def _cross_checks(cfg):
 
 
 def _apply_override(values, override):
-    """`section.key=value` into the nested dict `values`; the value is parsed as YAML."""
-    dotted, equals, text = override.partition("=")
+    """`section.key=value` into the nested dict `values`."""
+    dotted, value = parse_override(override)
     *sections, key = dotted.split(".")
     for section in sections:
         values = values.setdefault(section, {}) if isinstance(values, dict) else None
-    if not equals or not key or not isinstance(values, dict):
+    if not key or not isinstance(values, dict):
         raise ConfigError(f"override '{override}': expected section.key=value")
-    values[key] = parse_yaml(text, f"override '{override}'")
+    values[key] = value
 
 
 def read_config(config_class, path, overrides=()):
@@ -151,7 +153,7 @@ def _refuse_arguments(message):
 def load_config(config_class, argv=None):
     """Command line `--config FILE.yaml [section.key=value ...]` -> a frozen config_class."""
     parser = argparse.ArgumentParser(description="Of two overrides of one key the last wins.")
-    parser.add_argument("--config", required=True, metavar="FILE.yaml")
+    parser.add_argument("--config", required=True, type=path_argument, metavar="FILE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.error = _refuse_arguments
     args = parser.parse_intermixed_args(argv)
@@ -160,33 +162,49 @@ def load_config(config_class, argv=None):
 
 def identity(cfg, with_paths):
     """The config as nested dicts, less the keys that change no number; data paths if asked for."""
-    values = dataclasses.asdict(cfg)
-    for section, keys in NOT_IDENTITY.items():
-        for key in keys:
-            del values[section][key]
-    if not with_paths:
-        for key in PATHS:
-            del values["data"][key]
-    return values
+    return identity_of(dataclasses.asdict(cfg), with_paths)
+
+
+def identity_of(values, with_paths):
+    """The same of a config that was read back: nested dicts, maybe of another release."""
+    left_out = NOT_IDENTITY if with_paths else NOT_IDENTITY | {"data": NOT_IDENTITY["data"] + PATHS}
+    return {
+        section: {k: v for k, v in content.items() if k not in left_out.get(section, ())}
+        if isinstance(content, dict)
+        else content
+        for section, content in values.items()
+    }
+
+
+def without_nulls(values):
+    """Nested dicts less the keys that are null and the sections that hold no other."""
+    if not isinstance(values, dict):
+        return values
+    kept = {key: without_nulls(value) for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {})}
 
 
 def differences(old, new, path=""):
-    """Lines `section.key: old -> new` for two nested dicts."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
+    """Lines `section.key: old -> new` for two nested dicts. A missing key is a null one."""
+    kinds = {type(old), type(new)}
+    if dict not in kinds or not kinds <= {dict, type(None)}:
         return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
-    lines = []
+    old, new, lines = old or {}, new or {}, []
     for key in dict.fromkeys([*old, *new]):
         lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return lines
 
 
 def run_name(cfg):
-    """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>."""
+    """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>.
+
+    Keys that are null do not count: one that a later release adds leaves a study's names alone.
+    """
     if cfg.run.name is not None:
         return cfg.run.name
     proportion = cfg.data.train_defect_proportion
     p = "all" if proportion is None else f"{100 * proportion:g}"
-    text = json.dumps(identity(cfg, with_paths=True), sort_keys=True)
+    text = json.dumps(without_nulls(identity(cfg, with_paths=True)), sort_keys=True)
     method = "random" if cfg.run.frozen_encoder else cfg.method
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{method}_{cfg.backbone}_p{p}_s{cfg.seed}_{digest}"

@@ -1,5 +1,10 @@
 """Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
 
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # no path and no name may hold one
+REMEDY = "Lower optimization.lr, or use optimization.precision=bf16 or fp32"  # of what overflows
+
 
 class UserError(Exception):
     """Names the file, key or row and what is allowed. `one_rank`: only this rank knows of it."""

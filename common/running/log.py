@@ -1,6 +1,7 @@
 """What a run leaves for reading: log.jsonl, TensorBoard, and one picture of its views."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def read_log(path):
     return [json.loads(line) for line in lines]
 
 
+def none_for_nan(record):
+    """Nested dicts in which what is not finite (an overflow) is None."""
+    if isinstance(record, dict):
+        return {key: none_for_nan(value) for key, value in record.items()}
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
 def epoch_record(loss, scores):
     """scores: {name: dict or None}. One flat dict, keys name_key."""
     record = {"loss": loss}
@@ -31,7 +39,7 @@ def epoch_record(loss, scores):
 
 def epoch_line(loss, scores):
     """The same in a few words."""
-    shown = [f"loss {loss:.4f}"]
+    shown = ["no finite loss" if loss is None else f"loss {loss:.4f}"]
     for name, values in scores.items():
         if values is not None and values["auroc"] is not None:
             shown.append(f"{name} F1 {values['f1']:.3f} AUROC {values['auroc']:.3f}")

@@ -1,7 +1,9 @@
 """A process from start to exit: torchrun's environment, device, signals, errors and exit codes."""
 
+import atexit
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,8 +17,10 @@ import torch.distributed as dist
 
 from common.running.errors import ConfigError, UserError
 from common.running.folder import note_refused_config
-from common.running.progress import say
+from common.running.progress import say, speaks
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank has
+SECONDS_FOR_WORKERS = 5  # to end by themselves
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 SECONDS_FOR_OTHER_RANKS = 20
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
@@ -38,9 +42,27 @@ class Place(NamedTuple):
     device: torch.device
 
 
+def read_ranks():
+    """(rank, number of ranks) by torchrun's environment; (0, 1) without it.
+
+    Raises UserError where only a part of it is there, as a shell or a job may leave it behind.
+    """
+    known = {name: os.environ[name] for name in TORCHRUN if os.environ.get(name)}
+    rank, ranks = known.get("RANK", "0"), known.get("WORLD_SIZE", "1")
+    if (rank, ranks) == ("0", "1"):
+        return 0, 1
+    whole = len(known) == len(TORCHRUN) and rank.isdecimal() and ranks.isdecimal()
+    if not whole or int(rank) >= int(ranks):
+        told = ", ".join(f"{name}={known.get(name, '')}" for name in TORCHRUN)
+        error = UserError(f"this is no torchrun's environment: {told}. Use torchrun, or unset them")
+        error.one_rank = True  # whoever the others are
+        raise error
+    return int(rank), int(ranks)
+
+
 def start_process(seed, deterministic):
     """Join the ranks that torchrun started, if any; choose the device; seed the weights' draw."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = read_ranks()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -129,6 +151,7 @@ def entry_point(main):
             # torchrun ends all ranks once one is gone, and Python takes its time to leave: at once,
             # so that each rank has the exit code that is its own.
             sys.stderr.flush()
+            end_workers()
             os._exit(code)
         if code != DONE:
             sys.exit(code)
@@ -136,9 +159,22 @@ def entry_point(main):
     return run
 
 
+@atexit.register  # later than multiprocessing's own, so called before it, which would wait for ever
+def end_workers():
+    """SIGKILL for loader workers that do not end by themselves: they do not hear SIGTERM."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and signal.getsignal(signal.SIGCHLD) is not None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for the killed
+    deadline = time.monotonic() + SECONDS_FOR_WORKERS
+    for worker in workers:
+        worker.join(max(deadline - time.monotonic(), 0))
+        if worker.is_alive():
+            worker.kill()
+
+
 def _run(main, argv):
     """main(argv), and the exit code."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = speaks()
     try:
         main(argv)
     except UserError as error:

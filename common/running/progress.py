@@ -1,5 +1,6 @@
 """Progress with time left: a bar on a terminal, else a plain line every half minute."""
 
+import functools
 import os
 import sys
 import time
@@ -11,8 +12,11 @@ SECONDS_BEFORE_BAR = 2  # what ends sooner shows nothing
 
 
 def speaks():
-    """Whether this process prints: rank 0 does, the others are silent."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process prints: rank 0 does, the others are silent.
+
+    A RANK without a WORLD_SIZE is no torchrun's, but was left in the environment.
+    """
+    return os.environ.get("RANK", "0") == "0" or not os.environ.get("WORLD_SIZE")
 
 
 def say(text):
@@ -21,9 +25,35 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 
+@functools.cache
+def say_once(text):
+    """`say`, the first time that a process has to say it."""
+    say(text)
+
+
 def clock(seconds):
     """Seconds as 1:02:03 or 2:03."""
     return tqdm.format_interval(seconds)
+
+
+class Stopwatch:
+    """Seconds of a run over all its starts; `training`: of those in training steps."""
+
+    def __init__(self, before=0.0, training=0.0):
+        self._started, self.training = time.monotonic() - before, training
+
+    def seconds(self):
+        """In this run so far."""
+        return time.monotonic() - self._started
+
+    def start_step(self):
+        """What lies before it, such as a validation, is no training."""
+        self._mark = time.monotonic()
+
+    def end_step(self):
+        """The next step starts here."""
+        now = time.monotonic()
+        self.training, self._mark = self.training + now - self._mark, now
 
 
 class Progress:

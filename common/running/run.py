@@ -1,7 +1,6 @@
 """One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
 
 import dataclasses
-import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from common.data import batches
 from common.distributed import all_reduce_mean, all_reduce_means
 from common.rankme import embedding_std, is_collapsed
 from common.running import folder as files
+from common.running import provenance, standing
 from common.running.checkpoint import (
     LAST,
     check_finite,
@@ -19,7 +19,8 @@ from common.running.checkpoint import (
     save_checkpoint,
 )
 from common.running.config import identity, run_name
-from common.running.log import RunLog, epoch_line, epoch_record
+from common.running.log import RunLog, epoch_line, epoch_record, none_for_nan
+from common.running.overflow import OverflowGuard
 from common.running.process import (
     Finished,
     Stopped,
@@ -28,7 +29,7 @@ from common.running.process import (
     report_failures_to,
     start_process,
 )
-from common.running.progress import Progress, clock, say
+from common.running.progress import Progress, Stopwatch, clock, say
 from common.scoring import summary
 
 
@@ -59,8 +60,7 @@ class Run:
 
     def _open(self):
         """Take the folder. Returns whether it holds the finished run."""
-        configs = (identity(self.cfg, with_paths) for with_paths in (False, True))
-        self._lock, finished = files.open_folder(self.folder, *configs)
+        self._lock, finished = standing.open_folder(self.folder, self.cfg)
         files.set_status(self.folder, "finished" if finished else "running")
         return finished
 
@@ -77,14 +77,14 @@ class Run:
         self._subset = train, rows
         self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
         self.counts = count_labels(train.defect[rows])
-        say(f"{self.folder}\n{subset_text(**self.counts, validation=len(val))}")
+        say(f"{self.folder}\n{subset_text(**self.counts, train=train, val=val)}")
 
     def resume(self, state, steps_per_epoch):
         """Restore the newest checkpoint, if any, into state (a TrainState); open the logs."""
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * self.cfg.optimization.epochs
         self.step = self.epochs_done = 0
-        self._seconds_before = self._train_seconds = 0.0
+        self._watch = Stopwatch()
         saved, name = load_checkpoint(self.folder, warn=say)
         self._last_is_whole = name == LAST
         log_size = 0
@@ -94,19 +94,19 @@ class Run:
                 say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
             state.restore(saved["state"] | {"model": saved["model"]}, self.is_first)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
-            self._seconds_before, self._train_seconds = saved["seconds"], saved["train_seconds"]
+            self._watch = Stopwatch(saved["seconds"], saved["train_seconds"])
             log_size = saved["log_size"]
             say(f"going on at step {self.step} of {self.total_steps}")
         if self.is_first:
             if saved is None:
                 files.write_subset(self.folder, *self._subset)
             files.write_config(self.folder, dataclasses.asdict(self.cfg))
-            files.add_provenance(self.folder, self.place, self.cfg.seed, self.step, self.data_sha)
-        self._started = time.monotonic()
+            provenance.add(self.folder, self.cfg, self.place, self.step, self.data_sha)
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
         self._note, self._notes = "", {}
+        self._guard = OverflowGuard(state)
 
     def epochs(self):
         """The epochs that are left."""
@@ -116,15 +116,15 @@ class Run:
         """(step, batch) of the current epoch, from where the run stands."""
         first = self.step - self.epochs_done * self.steps_per_epoch
         loader.batch_sampler.start(self.epochs_done, first)
-        self._mark = time.monotonic()
+        self._watch.start_step()
         for batch in batches(loader):
+            self._guard.before_step()
             yield self.step, batch
 
     def note(self, **numbers):
-        """More about this step than all methods share, logged as means over ranks.
+        """More about this step: floats or scalar tensors of this rank, logged as means over ranks.
 
-        numbers: floats or scalar tensors of this rank. `collapsed`: 1 where the method itself sees
-        that its output no longer depends on the image.
+        `collapsed`: 1 where the method itself sees that its output no longer depends on the image.
         """
         self._notes = numbers
 
@@ -137,14 +137,13 @@ class Run:
         if self.step == 0 and self.is_first:
             self.log.show_views(views)
         loss = all_reduce_mean(loss.detach().double())
-        state.loss_sum = state.loss_sum + loss
+        self._guard.after_step(loss)
         self.step += 1
-        self._train_seconds += time.monotonic() - self._mark
-        self._mark = time.monotonic()
+        self._watch.end_step()
         self._progress.update(self.cfg.optimization.batch_size, self._note)
         ends_epoch = self.step % self.steps_per_epoch == 0
         if self.step == 1 or self.step % self.cfg.run.log_every == 0 or ends_epoch:
-            self._log_step(float(loss), float(probe_loss), rates, embeddings, ends_epoch)
+            self._log_step(state, float(loss), float(probe_loss), rates, embeddings, ends_epoch)
         if self.stop.agreed():
             self._save(state)
             if self.is_first:
@@ -154,28 +153,27 @@ class Run:
         if self.step % self.cfg.run.checkpoint_every_steps == 0:
             self._save(state)
 
-    def _log_step(self, loss, probe_loss, rates, embeddings, ends_epoch):
-        check_finite(f"the loss at step {self.step}", loss)
-        self._note = f"loss {loss:.4f}"
+    def _log_step(self, state, loss, probe_loss, rates, embeddings, ends_epoch):
         std, notes = embedding_std(embeddings), all_reduce_means(self._notes)
         record = {"loss": loss, "probe_loss": probe_loss, **rates, "embedding_std": std}
-        self._write("step", record | {"diagnostics": notes})
+        record |= {"loss_scale": self._guard.scale(), "skipped_steps": state.skipped_steps}
+        if not self._guard.enabled:
+            check_finite(f"the loss at step {self.step}", loss)
+        self._note = f"loss {loss:.4f}"
+        self._write("step", none_for_nan(record | {"diagnostics": notes}))
         if ends_epoch and not self.cfg.run.frozen_encoder and is_collapsed(std, notes):
             say(f"warning: collapsed, the output hardly depends on the image: {record | notes}")
 
     def _write(self, kind, record):
         if self.is_first:
             epoch = (self.step - 1) // self.steps_per_epoch
-            times = {"seconds": self.seconds(), "samples_per_second": self.samples_per_second()}
-            self.log.write(kind, self.step, {"epoch": epoch, **record, **times})
+            self.log.write(kind, self.step, {"epoch": epoch, **record, **self._times()})
 
-    def seconds(self):
-        """Seconds in this run so far, over all its starts."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    def samples_per_second(self):
-        """Training images a second over all ranks and all starts, without validation."""
-        return self.step * self.cfg.optimization.batch_size / max(self._train_seconds, 1e-9)
+    def _times(self):
+        """Seconds in this run, and training images a second over all ranks without validation."""
+        images = self.step * self.cfg.optimization.batch_size
+        rate = images / max(self._watch.training, 1e-9)
+        return {"seconds": self._watch.seconds(), "samples_per_second": rate}
 
     def validates(self, epoch):
         """Whether validation is due after this epoch."""
@@ -189,14 +187,17 @@ class Run:
         clean images and the label-free measures of these.
         """
         val, label_free = validation or (None, None)
-        loss = float(state.loss_sum) / self.steps_per_epoch
+        n = int(state.loss_steps)
+        loss = float(state.loss_sum) / n if n else None
         check_finite(f"the loss at step {self.step}", loss)
+        if self.step == self.total_steps:
+            self._guard.check_end(self.step)
         scores = {"train": train, "val": val}
         self._write("epoch", epoch_record(loss, {**scores, "label_free": label_free}))
         self.epochs_done += 1
         epochs = f"epoch {self.epochs_done}/{self.cfg.optimization.epochs}"
-        say(f"{epochs}: {epoch_line(loss, scores)}, {clock(self.seconds())}")
-        state.train_scores, state.loss_sum = train, 0.0
+        say(f"{epochs}: {epoch_line(loss, scores)}, {clock(self._watch.seconds())}")
+        state.train_scores, state.loss_sum, state.loss_steps = train, 0.0, 0
         state.scores.clear()
         self._save(state)
 
@@ -215,8 +216,8 @@ class Run:
             "config": identity(self.cfg, with_paths=False),
             **self._must_stay(),
             "versions": files.versions(),
-            "seconds": self.seconds(),
-            "train_seconds": self._train_seconds,
+            "seconds": self._watch.seconds(),
+            "train_seconds": self._watch.training,
             "log_size": self.log.size(),
         }
         save_checkpoint(self.folder, content, keep_last=self._last_is_whole)
@@ -239,8 +240,7 @@ class Run:
                 "epochs": self.cfg.optimization.epochs,
                 "train_rows": self.counts,
                 **result,
-                "seconds": self.seconds(),
-                "samples_per_second": self.samples_per_second(),
+                **self._times(),
             }
             self.log.close()
             files.write_json(self.folder / files.RESULT, content)

@@ -1,12 +1,15 @@
 """Strict YAML, and the check of what it holds against the types of a dataclass.
 
 YAML is read by the 1.2 core rules: `1e-3` is a number, `010` and `yes` are text. Repeated keys,
-aliases and tags are refused, so a file cannot run code, and cannot grow when it is read.
+aliases and tags are refused, so a file cannot run code, and cannot grow when it is read. No text of
+it may hold a control character: it may become a path, a name or a line of a script.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -16,9 +19,12 @@ from typing import Annotated, Literal
 
 import yaml
 
-from common.running.errors import ConfigError
+from common.running.errors import CONTROL, ConfigError
 
 LARGEST_FILE = 65536  # bytes; no config comes near it
+NO_CONTROL = "holds a control character, such as a line break, which no path and no name may"
+
+FilePath = typing.NewType("FilePath", str)  # text in which a leading `~` is expanded
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def parse_yaml(text, where):
     try:
         loader = StrictLoader(text)
         try:
-            return loader.get_single_data()
+            data = loader.get_single_data()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -102,12 +108,54 @@ def parse_yaml(text, where):
         raise ConfigError(f"{where}, line {mark.line + 1}: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{where}: not readable as YAML ({type(error).__name__})") from None
+    held = [
+        f"{key}{text[:80]!r} {NO_CONTROL}" for key, text in _texts(data) if CONTROL.search(text)
+    ]
+    if held:
+        raise ConfigError("\n  ".join([f"{where}:", *held]))
+    return data
+
+
+def _texts(data, path=""):
+    """(`section.key: `, text) of every text in nested data; a key is a text of what is above it."""
+    if isinstance(data, str):
+        yield CONTROL.sub("?", f"{path}: " if path else ""), data
+    elif isinstance(data, list):
+        for value in data:
+            yield from _texts(value, path)
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            yield from _texts(key, path)
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+
+
+def parse_override(override):
+    """`section.key=value` -> (`section.key`, value): YAML, but that ` #` is text, not a comment."""
+    if CONTROL.search(override):
+        raise ConfigError(f"override {override[:80]!r} {NO_CONTROL}")
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': expected section.key=value")
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in override)  # private use
+    try:
+        value = parse_yaml(text.replace("#", mark), f"override '{override}'")
+    except ConfigError as error:
+        told = str(error).replace(mark, "#").replace(repr(mark)[1:-1], "#")
+        raise ConfigError(told) from None
+    return key, json.loads(json.dumps(value, ensure_ascii=False).replace(mark, "#"))
+
+
+def path_argument(text):
+    """A path of a command line, for argparse: `~` is expanded, control characters are refused."""
+    if CONTROL.search(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {NO_CONTROL}")
+    return os.path.expanduser(text)
 
 
 def read_yaml(path):
     """A YAML file -> plain Python data. Raises ConfigError naming the file."""
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+        return parse_yaml(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -124,7 +172,8 @@ def _describe(kind):
         return " | ".join(json.dumps(value) for value in typing.get_args(kind))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_describe(arm) for arm in typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true | false"}
+    names = {int: "a whole number", float: "a number", bool: "true | false"}
+    names |= {str: "text", FilePath: "a path"}
     return names.get(kind, "null")
 
 
@@ -148,11 +197,13 @@ def _convert(value, kind):
             except ValueError:
                 continue
         raise ValueError
+    if kind is FilePath:
+        return os.path.expanduser(_convert(value, str))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or value in (float("inf"), float("-inf")):
         raise ValueError
-    if kind is str and (not value or "\0" in value):
+    if kind is str and not value:
         raise ValueError
     return value
 

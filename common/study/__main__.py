@@ -6,11 +6,15 @@ import shlex
 import sys
 from collections import Counter
 
+import torch
+
 from common.running.errors import UserError
 from common.running.progress import say
+from common.running.schema import path_argument
 from common.study.cost import TimeLeft
+from common.study.evaluate import LOGITS
 from common.study.grid import read_grid, state
-from common.study.launch import Launcher, calibrate, gpu_ids, log_path, tail
+from common.study.launch import Launcher, gpu_ids, log_path, tail
 from common.study.report import write_report
 from common.study.slurm import submit
 
@@ -19,34 +23,47 @@ GRID = "configs/grid/paper.yaml"
 
 def plan(runs, args):
     """Every run with its command, and what the rest will take."""
-    if args.calibrate:
-        calibrate([r for r in runs if state(r)[0] != "finished"], args.jobs, args.nproc)
     for run in runs:
-        print(f"# {run.name} ({', '.join(run.groups)}): {state(run)[0]}")
+        at, why = state(run)
+        note = f": {why}" if at == "refused" else ""
+        print(f"# {run.name} ({', '.join(run.groups)}): {at}{note}")
         print(shlex.join(run.command(nproc=args.nproc)))
     print(f"# {len(runs)} runs; {TimeLeft(runs).text(args.jobs)}")
 
 
 def status(runs, args):
-    """How many runs are in which state, what failed, and what the rest will take."""
+    """How many runs are in which state, what stands in the way, and what the rest will take."""
     states = {run.name: state(run) for run in runs}
     counts = Counter(at for at, _ in states.values())
     print(", ".join(f"{n} {at}" for at, n in counts.items()))
+    for line in _notes(states.values()):
+        print(line)
     for run in runs:
         at, why = states[run.name]
-        if at in ("running", "failed", "preempted"):
+        if at in ("running", "failed", "preempted", "refused"):
             print(f"{at}: {run.name}" + (f": {why}" if why else ""))
         if at == "failed":
             print(tail(log_path(run)))
     print(TimeLeft(runs).text(args.jobs))
 
 
+def _notes(states):
+    """Lines about finished runs that could not be compared with their CSVs."""
+    notes = Counter(why for at, why in states if at == "finished" and why)
+    return [f"{n} finished, {why}" for why, n in notes.items()]
+
+
 def run(runs, args):
     """Start what is not finished. Exits with the launcher's code."""
+    for line in _notes(map(state, runs)):
+        say(line)
     if args.launcher == "slurm":
         again = ["./run_grid.sh", "run", "--grid", args.grid, "--nproc", str(args.nproc)]
         submit(runs, args.jobs, [*again, *args.overrides], shlex.split(args.sbatch))
         return
+    if 0 < torch.cuda.device_count() < args.nproc:
+        there = torch.cuda.device_count()
+        raise UserError(f"--nproc {args.nproc}: this machine has {there} GPU(s), one a process")
     sys.exit(Launcher(runs, args.jobs, args.nproc, gpu_ids()).run())
 
 
@@ -65,7 +82,7 @@ def _count(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
     parser.add_argument("command", choices=["plan", "run", "status", "report"])
-    parser.add_argument("--grid", default=GRID, metavar="FILE.yaml")
+    parser.add_argument("--grid", type=path_argument, default=GRID, metavar="FILE.yaml")
     parser.add_argument(
         *("--jobs",), type=_count, default=1, help="runs at a time, each with its own GPU"
     )
@@ -77,10 +94,11 @@ def main(argv=None):
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="only these runs: 'simclr_*'; repeatable"
     )
-    parser.add_argument("--calibrate", action="store_true", help="plan: time a few steps first")
-    parser.add_argument("--out", default="report", metavar="FOLDER", help="report: where to")
     parser.add_argument(
-        "--probe", choices=["online", "offline"], default="online", help="report: whose scores"
+        *("--out",), type=path_argument, default="report", metavar="FOLDER", help="report: where to"
+    )
+    parser.add_argument(
+        "--probe", choices=list(LOGITS), default="online", help="report: whose scores"
     )
     parser.add_argument(
         "--draws", type=_count, default=0, metavar="N", help="report: also draw N real subsets each"

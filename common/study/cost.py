@@ -6,8 +6,6 @@ from common.running.log import LOG, read_log
 from common.running.progress import clock
 from common.study.grid import state, training_subset
 
-CALIBRATION = "calibration.json"  # in the output folder: {cost_key: seconds an image}
-
 
 def cost_key(run):
     """Runs of one key take about the same time an image."""
@@ -24,11 +22,19 @@ class TimeLeft:
 
     def seconds(self):
         """(seconds of what is known, unfinished runs, how many of them are of unknown length)."""
-        left = [run for run in self.runs if state(run)[0] != "finished"]
-        rates = self._seconds_per_image()
-        known = [run for run in left if cost_key(run) in rates and self._count(run)]
-        total = sum(rates[cost_key(run)] * self._images_left(run) for run in known)
-        return total, len(left), len(left) - len(known)
+        done, of_finished, of_logs = {}, {}, {}  # done: images of those that are left
+        for run in self.runs:
+            at = state(run)[0]
+            if at == "finished":
+                of_finished.setdefault(cost_key(run), []).append(_measured(run))
+                continue
+            done[run], rate = (0, None) if at == "refused" else _logged(run)
+            if rate:
+                of_logs.setdefault(cost_key(run), []).append(rate)
+        rates = {key: sum(of) / len(of) for key, of in (of_logs | of_finished).items()}
+        known = [run for run in done if cost_key(run) in rates and self._count(run)]
+        total = sum(rates[cost_key(run)] * max(self._count(run) - done[run], 0) for run in known)
+        return total, len(done), len(done) - len(known)
 
     def text(self, jobs):
         """The same in words, with `jobs` runs at a time."""
@@ -37,20 +43,8 @@ class TimeLeft:
         if left > unknown:
             text += f", about {clock(seconds / jobs)} with {jobs} at a time"
         if unknown:
-            text += f", {unknown} of unknown length: see plan --calibrate"
+            text += f", {unknown} of unknown length until one like them has begun"
         return text
-
-    def _seconds_per_image(self):
-        """{cost_key: seconds}, from finished runs, else from what was calibrated."""
-        known, measured = {}, {}
-        for folder in {run.folder.parent for run in self.runs}:
-            known |= read_json(folder / CALIBRATION) or {}
-        for run in self.runs:
-            result = read_json(run.folder / RESULT) or {}
-            if {"train_rows", "epochs", "seconds"} <= result.keys():
-                images = max(sum(result["train_rows"].values()) * result["epochs"], 1)
-                measured.setdefault(cost_key(run), []).append(result["seconds"] / images)
-        return known | {key: sum(times) / len(times) for key, times in measured.items()}
 
     def _count(self, run):
         """Training images of a run over its epochs; None while that cannot be told."""
@@ -62,9 +56,18 @@ class TimeLeft:
                 return None
         return self._images[run.name]
 
-    def _images_left(self, run):
-        try:
-            steps = max((r["step"] for r in read_log(run.folder / LOG)), default=0)
-        except (OSError, ValueError, KeyError, TypeError):
-            steps = 0
-        return max(self._count(run) - steps * run.cfg.optimization.batch_size, 0)
+
+def _measured(run):
+    """Seconds an image of a finished run, with its validations."""
+    result = read_json(run.folder / RESULT)
+    images = sum(result["train_rows"].values()) * result["epochs"]
+    return result["seconds"] / max(images, 1)
+
+
+def _logged(run):
+    """(images trained on, seconds an image or None) by the end of an unfinished run's log."""
+    try:
+        last = read_log(run.folder / LOG)[-1]
+        return last["step"] * run.cfg.optimization.batch_size, 1 / last["samples_per_second"]
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return 0, None

@@ -27,6 +27,11 @@ from common.running.errors import UserError
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
 FILE = "val_scores.npz"
+LOGITS = {  # of each probe, in that file
+    "online": "logit",
+    "offline": "logit_offline",
+    "offline_fixed": "logit_offline_fixed",
+}
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 
 
@@ -46,14 +51,14 @@ class StoredScores:
 
 
 def load_scores(folder, probe="online"):
-    """val_scores.npz of a run folder -> StoredScores. probe: online | offline.
+    """val_scores.npz of a run folder -> StoredScores. probe: a key of LOGITS.
 
     Raises UserError naming the file where it is damaged, not there or without that probe's scores.
     """
     path = Path(folder) / FILE
     try:
         with np.load(path) as stored:
-            logit = stored["logit" if probe == "online" else "logit_offline"].astype(np.float64)
+            logit = stored[LOGITS[probe]].astype(np.float64)
             label, classes = stored["label"], stored["classes"]
             names = tuple(str(name) for name in stored["class_names"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

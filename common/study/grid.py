@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.annotations import read_annotations
-from common.running.config import read_config, run_name
+from common.running.config import differences, read_config, run_name
 from common.running.errors import ConfigError
 from common.running.folder import LOCK, RESULT, STATUS, read_json
-from common.running.schema import build, parse_yaml, read_yaml
+from common.running.schema import build, parse_override, read_yaml
+from common.running.standing import standing, try_lock
 from common.sampler import imbalanced_indices
 
 
@@ -72,21 +73,27 @@ def read_grid(path, overrides=()):
     with every problem.
     """
     problems, runs, groups = [], {}, {}
+    given = dict(map(parse_override, overrides))
     grid = build(Grid, read_yaml(path), problems)
     for name, content in grid.groups.items() if grid else ():
         group = build(Group, content, problems, f"groups.{name}")
         if group:
             merged = (grid.overrides or {}) | group.overrides
             groups[name] = dataclasses.replace(group, overrides=merged)
-    problems += _problems_of(overrides, groups.values())
+    axes = {key for group in groups.values() for key in group.axes}
+    for key, value in given.items():
+        if isinstance(value, list) and key not in axes:
+            problems.append(f"override {key}: several values, but {key} is no axis of this grid")
     for name, group in groups.items():
         try:
-            for config, chosen in _combinations(group, overrides):
+            for config, chosen in _combinations(group, given):
                 cfg = _resolve(config, chosen)
                 run = GridRun(run_name(cfg), (name,), config, chosen, cfg)
                 same = runs.get(run.name, run)
                 if cfg != same.cfg:
-                    raise ConfigError(f"two different runs are named {run.name}")
+                    values = map(dataclasses.asdict, (same.cfg, cfg))
+                    changed = "; ".join(differences(*values)[:3])
+                    raise ConfigError(f"two different runs are named {run.name} ({changed})")
                 groups_of = dict.fromkeys((*same.groups, name))
                 runs[run.name] = dataclasses.replace(run, groups=tuple(groups_of))
         except ConfigError as error:  # the group's other runs have the same mistake
@@ -96,27 +103,13 @@ def read_grid(path, overrides=()):
     return list(runs.values())
 
 
-def _problems_of(overrides, groups):
-    """Sentences about overrides that no group can use."""
-    axes = {key for group in groups for key in group.axes}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            yield f"override '{override}': expected section.key=value"
-        elif isinstance(parse_yaml(text, override), list) and key not in axes:
-            yield f"override '{override}': several values, but {key} is no axis of this grid"
-
-
-def _combinations(group, overrides):
-    """(config, overrides) of every run of a group."""
-    axes, given = dict(group.axes), {}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        value = parse_yaml(text, f"override '{override}'")
+def _combinations(group, given):
+    """(config, overrides) of every run of a group. given: {key: value} of the command line."""
+    axes = dict(group.axes)
+    for key, value in given.items():
         if key in axes:
             axes[key] = value if isinstance(value, list) else [value]
-        elif not isinstance(value, list):
-            given[key] = text
+    given = {key: value for key, value in given.items() if not isinstance(value, list)}
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"axes.{key}: expected a list of values, got {values!r}")
@@ -124,11 +117,12 @@ def _combinations(group, overrides):
         own = group.configs[config] if isinstance(group.configs, dict) else {}
         if not isinstance(config, str) or not isinstance(own, dict):
             raise ConfigError(f"configs: expected FILE or FILE: {{overrides}}, got {config}: {own}")
-        fixed = {key: json.dumps(value) for key, value in (group.overrides | own).items()} | given
+        fixed = group.overrides | own | given
         for values in itertools.product(*axes.values()):
-            at = dict(zip(axes, map(json.dumps, values), strict=True))
+            at = dict(zip(axes, values, strict=True))
             chosen = at | fixed | at  # the axes first, and stronger
-            yield config, tuple(f"{key}={value}" for key, value in chosen.items())
+            words = (f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in chosen.items())
+            yield config, tuple(words)
 
 
 def _resolve(config, overrides):
@@ -141,12 +135,17 @@ def _resolve(config, overrides):
 
 
 def state(run):
-    """finished, running, preempted, failed or queued; and why, where status.json says so."""
-    if (run.folder / RESULT).exists():
-        return "finished", None
-    status = read_json(run.folder / STATUS) or {}
-    if is_held(run.folder / LOCK):
+    """finished, refused, running, preempted, failed or queued; and why, where that is known.
+
+    refused: the folder holds another run, or a damaged one; see `standing`.
+    """
+    held = is_held(run.folder / LOCK)
+    at, why = standing(run.folder, run.cfg, held)
+    if at is not None:
+        return at, why
+    if held:
         return "running", None
+    status = read_json(run.folder / STATUS) or {}
     at, why = status.get("state", "queued"), status.get("why")
     if at == "running":  # nobody holds it: it was killed
         return "preempted", "killed"
@@ -159,12 +158,9 @@ def is_held(path):
     """Whether another process holds the lock file."""
     try:
         with open(path) as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+            return not try_lock(fcntl.lockf, file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
 
 
 _annotations = functools.lru_cache(maxsize=2)(read_annotations)

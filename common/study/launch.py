@@ -4,30 +4,25 @@ import contextlib
 import fcntl
 import os
 import queue
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 
-from common.running.errors import UserError
-from common.running.folder import RESULT, STATUS, read_json, write_json
-from common.running.log import LOG
+from common.running.folder import STATUS, read_json
 from common.running.process import DONE, FAULT, STOPPED, USER_ERROR
 from common.running.progress import say
-from common.study.cost import CALIBRATION, TimeLeft, cost_key
+from common.running.standing import try_lock
+from common.study.cost import TimeLeft
 from common.study.grid import state
 
 LOGS = "logs"  # in the output folder: what each run prints
 TRIES = 3  # of a run that fails with a fault worth retrying
 LINES_SHOWN = 8  # of the log of a failed run
-CALIBRATION_STEPS = (2, 6)  # the first takes longer
 
 
 class Launcher:
@@ -37,12 +32,16 @@ class Launcher:
         """jobs: runs at a time; nproc: processes (GPUs) a run; gpus: ids of this machine's."""
         self.runs, self.jobs, self.nproc, self.gpus = runs, jobs, nproc, list(gpus)
         self._places, self._time_left = queue.SimpleQueue(), TimeLeft(runs)
-        self._children, self.stopped, self.failed, self.elsewhere = {}, False, {}, []
+        self._children, self.stopped = {}, False
+        self.failed, self.refused, self.elsewhere = {}, {}, []
         for place in range(jobs):
             self._places.put(place)
 
     def run(self):
-        """Returns the exit code: 0 all done, 3 some failed, 75 stopped or some done elsewhere."""
+        """Returns the exit code.
+
+        0 all done, 75 stopped or some done elsewhere, 3 some failed, 2 some refused (see `state`).
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._stop)
@@ -55,12 +54,14 @@ class Launcher:
                 self.failed[run] = repr(future.exception())
         for run, why in self.failed.items():
             say(f"failed: {run.name}: {why}\n{tail(log_path(run))}")
+        for run, why in self.refused.items():
+            say(f"refused: {run.name}: {why}")
         if self.stopped:
             say("stopped; the same command goes on from here")
         elif self.elsewhere:
             say(f"left to others: {', '.join(self.elsewhere)}")
-        if self.failed and not self.stopped:
-            return FAULT
+        if (self.failed or self.refused) and not self.stopped:
+            return FAULT if self.failed else USER_ERROR
         return STOPPED if self.stopped or self.elsewhere else DONE
 
     def _stop(self, number, frame):
@@ -87,10 +88,12 @@ class Launcher:
         place = self._places.get()
         try:
             with claim(run) as mine:
-                at = state(run)[0]
+                at, why = state(run)
                 if at == "finished":
                     return
-                if mine and at != "running":
+                if at == "refused":
+                    self.refused[run] = why
+                elif mine and at != "running":
                     self._finish(run, place)
                 else:
                     self.elsewhere.append(run.name)
@@ -110,14 +113,15 @@ class Launcher:
             ends = code in (DONE, STOPPED, USER_ERROR) or told.get("retryable") is False
             if self.stopped or ends:
                 break
-        if state(run)[0] == "finished":
+        at, why = state(run)
+        if at == "finished":
             done = sum(state(r)[0] == "finished" for r in self.runs)
             left = self._time_left.text(self.jobs)
             say(f"{run.name}: finished; {done} of {len(self.runs)} finished, {left}")
         elif code == STOPPED:
             self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:
-            self.failed[run] = told.get("why") or f"exit code {code}"
+            self.failed[run] = told.get("why") or why or f"exit code {code}"
 
     def _start(self, run, place):
         """One process from start to end; returns its exit code."""
@@ -177,57 +181,4 @@ def claim(run):
     path = log_path(run).with_suffix(".claim")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def calibrate(runs, jobs=1, nproc=1):
-    """Train a few steps of every kind of run that nothing is known of; keep the time an image.
-
-    One at a time, but with the GPUs or cores of one of `jobs`.
-    """
-    done = set()
-    for run in runs:
-        key, path = cost_key(run), run.folder.parent / CALIBRATION
-        known = read_json(path) or {}
-        if key in done or key in known:
-            continue
-        done.add(key)
-        say(f"timing {key}")
-        seconds = _time_steps(run, nproc, environment(0, jobs, nproc, gpu_ids()))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known | {key: seconds})
-
-
-def _time_steps(run, nproc, env):
-    """Seconds an image in training, from a run that is stopped after some steps."""
-    folder = run.folder.with_name(f"calibrate_{run.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [*run.command(sys.executable, nproc), f"run.name={folder.name}", "run.log_every=1"]
-    first, last = CALIBRATION_STEPS
-    times = {}
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(words, stdout=said, stderr=said, env=env)
-        try:
-            while max(times, default=0) < last and child.poll() is None:
-                time.sleep(0.05)
-                log = folder / LOG
-                lines = log.read_text().count('"kind": "step"') if log.exists() else 0
-                times.setdefault(lines, time.monotonic())
-        finally:
-            child.terminate()
-            child.wait()
-            result = read_json(folder / RESULT)
-            shutil.rmtree(folder, ignore_errors=True)
-        said.seek(0)
-        steps = [n for n in times if n >= first]
-        if result:  # a run that short
-            return result["seconds"] / (sum(result["train_rows"].values()) * result["epochs"])
-        if len(steps) < 2:
-            raise UserError(f"{shlex.join(words)}: could not be timed:\n{said.read()}")
-    images = (max(steps) - min(steps)) * run.cfg.optimization.batch_size
-    return (times[max(steps)] - times[min(steps)]) / images
+        yield try_lock(fcntl.flock, file, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections import Counter
 from pathlib import Path
 
 from common.running.errors import UserError
@@ -84,10 +85,13 @@ def write_report(runs, folder, probe="online", draws=0):
     """
     finished, missing = collect(runs, probe)
     if not finished:
-        raise UserError("no run of this grid is finished, so there is nothing to report")
+        why = [f"{name}: {why}" for name, why in missing.items() if why != "queued"]
+        raise UserError("\n  ".join(["no run of this grid is finished:", *why]))
     page = Page(folder)
     notes = NOTES.format(probe=probe)
     page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
+    for note, n in Counter(e.note for e in finished if e.note).items():
+        page.parts.append(f"<p>{n} of these {html.escape(note)}</p>")
 
     def of(group):
         return [e for e in finished if group in e.run.groups]
@@ -127,7 +131,7 @@ def _main_steps(page, main, probe, draws):
     for split in ("val", "train"):
         yield lambda s=split: page.add_table(tables.performance(main, s))
     for backbone, entries in settings(main, lambda e: e.backbone).items():
-        name = tables.BACKBONES[backbone]
+        name = tables.backbone_name(backbone)
         for part, metrics in (
             ("", tables.OF_FIGURE_2),
             ("_more", ("precision", "recall", "f2_ciw_strict")),

@@ -12,8 +12,8 @@ import numpy as np
 from common.annotations import DEFECT
 from common.running.config import identity
 from common.running.errors import UserError
-from common.running.folder import RESULT, read_json
 from common.running.log import LOG, read_log
+from common.running.standing import read_result
 from common.scoring import PREVALENCES
 from common.study.evaluate import intervals, load_scores
 from common.study.grid import GridRun, state, training_subset
@@ -32,6 +32,7 @@ class Finished:
     result: dict
     probe: str  # online | offline: whose validation scores these are
     variant: str = ""  # what sets it apart from others of its method, backbone and proportion
+    note: str = ""  # what it could not be compared with
 
     @property
     def method(self):
@@ -91,7 +92,7 @@ def collect(runs, probe="online"):
             if at != "finished":
                 missing[run.name] = at + (f": {why}" if why else "")
                 continue
-            entry = Finished(run, read_json(run.folder / RESULT) or {}, probe)
+            entry = Finished(run, read_result(run.folder), probe, note=why or "")
             _ = entry.scores, entry.epochs(), entry.method, entry.backbone, entry.proportion
             _ = [entry.result[key]["f1"] for key in ("train", "val", "val_offline")]
             _ = entry.result["label_free"], entry.result["seconds"], entry.result["epochs"]

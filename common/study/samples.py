@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from common.annotations import NORMAL, read_annotations
-from common.data import open_image
+from common.images import open_image
 from common.running.errors import ImageError
 from common.study.figures import panels
 

@@ -1,5 +1,6 @@
 """A grid through Slurm: an array job, a task a run, requeued when pre-empted or out of time."""
 
+import glob
 import shlex
 import subprocess
 from pathlib import Path
@@ -15,14 +16,13 @@ SECONDS_TO_SAVE = 600  # before the time limit Slurm asks: a run in validation s
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={job}
 #SBATCH --array=0-{last}%{jobs}
-#SBATCH --output="{logs}/slurm_%A_%a.log"
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@{grace}
 names=({names})
 cd {here} || exit 1
 trap '[ -z "$child" ] || kill -TERM $child' TERM
-{command} --only "${{names[$SLURM_ARRAY_TASK_ID]}}" &
+{command} --only="${{names[$SLURM_ARRAY_TASK_ID]}}" &
 child=$!
 wait $child
 code=$?
@@ -41,9 +41,14 @@ def submit(runs, jobs, command, extra):
     """Hand what is not finished to sbatch. Returns the job's number.
 
     runs: GridRuns; jobs: tasks at a time; command: words that start one run when `--only NAME` is
-    added; extra: words for sbatch, such as --gres=gpu:1. Raises UserError with sbatch's own words.
+    added; extra: words for sbatch, such as --gres=gpu:1. Raises UserError where a run is refused,
+    or with sbatch's own words.
     """
-    left = [run for run in runs if state(run)[0] != "finished"]
+    states = {run: state(run) for run in runs}
+    left = [run for run, (at, _) in states.items() if at not in ("finished", "refused")]
+    refused = [f"{run.name}: {why}" for run, (at, why) in states.items() if at == "refused"]
+    if refused:
+        raise UserError("\n  ".join(["nothing is submitted while a run is refused:", *refused]))
     if not left:
         say("every run is finished")
         return None
@@ -55,15 +60,16 @@ def submit(runs, jobs, command, extra):
             job="grid",
             last=len(left) - 1,
             jobs=jobs,
-            logs=str(logs).replace("%", "%%"),
             grace=SECONDS_TO_SAVE,
-            names=" ".join(shlex.quote(run.name) for run in left),
+            names=" ".join(shlex.quote(glob.escape(run.name)) for run in left),
             here=shlex.quote(str(Path.cwd())),
             command=shlex.join(command),
             stopped=STOPPED,
         )
     )
-    words = ["sbatch", "--parsable", *extra, str(script)]
+    # Not in the script, where Slurm's own rules of quoting hold.
+    output = f"--output={str(logs).replace('%', '%%')}/slurm_%A_%a.log"
+    words = ["sbatch", "--parsable", output, *extra, str(script)]
     try:
         done = subprocess.run(words, capture_output=True, text=True)
     except FileNotFoundError:

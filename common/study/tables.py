@@ -3,7 +3,7 @@
 import numpy as np
 
 from common.annotations import DEFECT
-from common.metrics import THRESHOLD, all_scores
+from common.metrics import METRICS, THRESHOLD, all_scores
 from common.study.evaluate import draw_subsets
 from common.study.results import (
     PREVALENCES,
@@ -18,16 +18,6 @@ from common.study.results import (
 )
 from common.study.table import Table
 
-METRICS = {  # key: name in print
-    "f1": "F1",
-    "f2_ciw": "F2_CIW",
-    "f2_ciw_strict": "F2_CIW strict",
-    "f1_normal": "F1_normal",
-    "precision": "precision",
-    "recall": "recall",
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-}
 OF_FIGURE_2 = ("f1", "f2_ciw", "f1_normal")
 OF_TABLES = (*OF_FIGURE_2, "precision", "recall")
 BACKBONES = {"resnet18": "ResNet-18", "vit_tiny": "ViT-Tiny"}
@@ -42,6 +32,11 @@ MEASURES = {  # label-free, key in result.json's label_free: name in print
 SETTING = ("backbone", "method", "defects in training")
 
 
+def backbone_name(backbone):
+    """A backbone in print; a fork's is called what its config calls it."""
+    return BACKBONES.get(backbone, backbone)
+
+
 def percent(proportion):
     """A proportion of defects in print."""
     return "as it is" if proportion is None else f"{100 * proportion:g} %"
@@ -52,8 +47,9 @@ def setting(entry):
     return entry.backbone, entry.method, entry.proportion
 
 
-def _in_print(backbone, method, proportion):
-    return [BACKBONES[backbone], method, percent(proportion)]
+def in_print(backbone, method, proportion):
+    """A setting as cells of a row."""
+    return [backbone_name(backbone), method, percent(proportion)]
 
 
 def _header(metrics, of_paper):
@@ -69,7 +65,7 @@ def performance(finished, split):
     """Tables 1, 3 and 4: every score of a split beside the paper's. split: train | val."""
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
-        row = [*_in_print(backbone, method, proportion), len(entries)]
+        row = [*in_print(backbone, method, proportion), len(entries)]
         for metric in METRICS:
             ours = estimate(entries, metric, split=split)
             key = ("tables 3 and 4", backbone, method, split, metric, proportion, None)
@@ -113,7 +109,7 @@ def matrix(finished):
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
         for p in PREVALENCES:
-            row = [*_in_print(backbone, method, proportion), percent(p), len(entries)]
+            row = [*in_print(backbone, method, proportion), percent(p), len(entries)]
             for metric in METRICS:
                 ours = estimate(entries, metric, p)
                 theirs = paper.get(("figure 2", backbone, method, "val", metric, proportion, p))
@@ -137,7 +133,7 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
     rows = []
     for key, entries in settings(finished, setting).items():
         for p in PREVALENCES:
-            row = [*_in_print(*key), percent(p)]
+            row = [*in_print(*key), percent(p)]
             exact, drawn = entries[0].at(p), draw_subsets(entries[0].scores, p, draws)
             for metric in metrics:
                 known = drawn[metric][~np.isnan(drawn[metric])]
@@ -167,7 +163,7 @@ def resolution(finished):
         theirs = paper.get(("table 2", backbone, method, "val", "f1", None, float(size)))
         minutes = float(np.mean([e.result["seconds"] / e.result["epochs"] for e in entries])) / 60
         ours = beside(estimate(entries, "f1"), theirs)
-        rows.append([*_in_print(backbone, method, proportion), size, *ours, minutes])
+        rows.append([*in_print(backbone, method, proportion), size, *ours, minutes])
     rows.sort(key=lambda row: (*row[:3], row[3]))
     return Table(
         "resolution",
@@ -198,7 +194,7 @@ def measures(finished):
                 pairs = zip(map(measure_of(key), entries), f1, strict=True)
                 pairs = [pair for pair in pairs if None not in pair]
                 x, y = zip(*pairs, strict=True) if pairs else ((), ())
-                row = [BACKBONES.get(backbone, backbone), method, name, split, len(x)]
+                row = [backbone_name(backbone), method, name, split, len(x)]
                 rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
     return Table(
         "label_free",
@@ -236,7 +232,7 @@ def class_recall(finished):
         for c, name in enumerate(scores.class_names):
             of = scores.classes[:, c] & is_defect
             recall = float(called[of].mean()) if of.any() else None
-            where = [*_in_print(*setting(entry)), entry.result["seed"], name]
+            where = [*in_print(*setting(entry)), entry.result["seed"], name]
             rows.append([*where, counts.get(name), int(of.sum()), recall])
     return Table(
         "class_recall",

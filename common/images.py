@@ -1,0 +1,150 @@
+"""An image file, as people have them, as RGB pixels; one that cannot be used, as a sentence."""
+
+import contextlib
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from common.running.errors import ImageError
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # only: for some others Pillow starts programs
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+LARGEST_IMAGE = 100_000_000  # pixels; a few bytes of PNG can ask for gigabytes of memory
+TURNS = {  # EXIF's orientation -> what puts the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+METADATA = "its metadata cannot be read ({}), though its pixels can: save it again without metadata"
+
+
+def _to_rgb(image):
+    """Any image that Pillow decodes -> RGB, 8 bit a channel; what is transparent becomes black."""
+    if image.mode.startswith("I"):  # 16 bit grey; Pillow's own conversion would clip it to white
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("it has more than 16 bits a pixel")
+        values[values == image.info.get("transparency", -1)] = 0
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("its floating-point pixels have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGB", image.size)
+        black.paste(image, mask=image)
+        return black
+    return image.convert("RGB")
+
+
+def identify(content):
+    """The bytes of a file -> PIL image of which only the header is known."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        size, pixels = f"{image.width} x {image.height}", image.width * image.height
+    except Image.DecompressionBombError:  # Pillow's own limit, which is above ours
+        size, pixels = "its", LARGEST_IMAGE + 1
+    if pixels > LARGEST_IMAGE:
+        allowed = f"{LARGEST_IMAGE // 10**6} million"
+        raise ImageError(f"{size} pixels are more than the {allowed} that are allowed")
+    key, depth = image.info.get("transparency"), content[24:25]
+    if image.format == "PNG" and image.mode == "L" and depth in (b"\2", b"\4"):
+        if key is not None:  # Pillow stretches grey values to 8 bits, but not the transparent one
+            image.info["transparency"] = key * 255 // (2 ** depth[0] - 1)
+    elif image.format == "PNG" and image.mode == "RGB" and depth == b"\x10" and key:
+        image.info["transparency"] = tuple(k >> 8 for k in key)  # as it shortens the pixels
+    return image
+
+
+def _decode(content):
+    """The bytes of a file -> RGB image as its maker saw it: upright."""
+    image = identify(content)
+    if image.format == "PNG":
+        image.verify()  # checksums of all chunks, which decoding alone does not look at
+        image = identify(content)
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception as error:
+        raise ImageError(METADATA.format(f"EXIF: {error}")) from None
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _without_metadata(png):
+    """The critical chunks of a PNG file: those that decoding needs."""
+    kept, at = png[:8], 8
+    while at + 8 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if not png[at + 4] & 32:  # a capital letter
+            kept += png[at:end]
+        at = end
+    return kept
+
+
+def _reason(error, content):
+    """Why an image cannot be used, in words. content: its bytes, if they could be read."""
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if content.startswith(PNG_SIGNATURE):
+        with contextlib.suppress(Exception):
+            _decode(_without_metadata(content))
+            return METADATA.format(error)
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no {', '.join(FORMATS)} image, or its header is damaged"
+    return f"its pixels are damaged ({error})"
+
+
+def _read(image_root, name):
+    """The bytes of a regular file below image_root."""
+    path = os.path.realpath(os.path.join(image_root, name))
+    if not path.startswith(os.path.join(image_root, "")):
+        raise ImageError("it lies outside data.image_root")
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise ImageError("it is no regular file")
+    return Path(path).read_bytes()
+
+
+def read_image(image_root, name, where, decode):
+    """decode(the bytes of one file below image_root); raises ImageError as `open_image` does."""
+    content = b""
+    try:
+        content = _read(image_root, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's: of sizes below our limit, of odd metadata
+            return decode(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged bytes Pillow may raise anything
+        why = _reason(error, content)
+    raise ImageError(f"{os.path.join(image_root, name)}{where}: cannot be used: {why}")
+
+
+def open_image(image_root, name, where=""):
+    """One file below image_root -> PIL RGB image, fully decoded, upright.
+
+    image_root: a real path (no links). where: added to the error, such as the CSV and its line.
+    Raises ImageError naming the file. Damage of a PNG is always found; that of a JPEG only where
+    its decoder notices.
+    """
+    return read_image(image_root, name, where, _decode)
+
+
+def brightest(content):
+    """The largest value of a file of 16 bits a channel, or None where it has fewer bits."""
+    image = identify(content)
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    if ";16" not in str(image.tile) or image.format == "BMP":  # whose 16 bits are a pixel's
+        return None
+    return int(np.asarray(image.convert("RGB")).max()) << 8  # Pillow keeps the upper 8 bits
