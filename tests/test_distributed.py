@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import on_ranks
@@ -12,6 +13,7 @@ from common.distributed import (
     to_device,
     wrap,
 )
+from common.running.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -68,7 +70,7 @@ def test_on_cpu_fp16_is_fp32_and_bf16_is_bf16():
 
 def test_a_model_on_one_cpu_stays_bare():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert to_device(model, CPU) is model and wrap(model, CPU, "auto", False) is model
+    assert to_device(model, CPU, 8) is model and wrap(model, CPU, "auto", False) is model
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 
@@ -76,9 +78,20 @@ def test_on_cuda_batchnorm_is_over_all_ranks_and_memory_is_channels_last(monkeyp
     monkeypatch.setattr("common.distributed.world_size", lambda: 2)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     monkeypatch.setattr(nn.Module, "to", _to_memory_format_only)
-    placed = to_device(model, torch.device("cuda", 0))
+    placed = to_device(model, torch.device("cuda", 0), 2)
     assert isinstance(placed[1], nn.SyncBatchNorm)
     assert placed[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batchnorm_needs_two_images(monkeypatch):
+    """A rank's own on CPU, all ranks' on CUDA."""
+    monkeypatch.setattr("common.distributed.world_size", lambda: 2)
+    monkeypatch.setattr(nn.Module, "to", _to_memory_format_only)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for device, too_few in ((CPU, 2), (torch.device("cuda", 0), 1)):
+        with pytest.raises(UserError, match=f"optimization.batch_size: {too_few} over 2 ranks"):
+            to_device(model, device, too_few)
+    to_device(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(4)), CPU, 2)
 
 
 def _to_memory_format_only(self, device=None, memory_format=None, _to=nn.Module.to):
