@@ -19,7 +19,7 @@ import torch
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
 from common.images import open_image
-from common.metrics import all_scores, without_values
+from common.metrics import METRICS, all_scores, without_values
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
 from common.running.errors import UserError
@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen
 
 THUMBNAIL = 16  # pixels
 SHOWN = (("own", "f1"), ("own", "auroc"), ("own", "average_precision"), ("fixed", "auroc"))
-LABELS = ("F1", "AUROC", "average precision", "AUROC, all labels")
+LABELS = [METRICS[key] + (", all labels" if which == "fixed" else "") for which, key in SHOWN]
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
 BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 

@@ -13,6 +13,16 @@ from common.annotations import CLASS_IMPORTANCE
 from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
+METRICS = {  # scores that are shown, key: name in print
+    "f1": "F1",
+    "f2_ciw": "F2_CIW",
+    "f2_ciw_strict": "F2_CIW strict",
+    "f1_normal": "F1_normal",
+    "precision": "precision",
+    "recall": "recall",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+}
 
 
 def _ratio(numerator, denominator):

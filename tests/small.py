@@ -171,11 +171,13 @@ def make_up(run, rng):
     how = val.classes, val.class_names
     scores = all_scores(logit, val.defect, *how)
     offline = logit + rng.normal(0, 5, len(logit))
+    fixed = 3 * logit + offline
     np.savez(
         run.folder / "val_scores.npz",
         filename=val.filename,
         logit=logit,
         logit_offline=offline,
+        logit_offline_fixed=fixed,
         label=val.defect,
         classes=val.classes,
         class_names=np.array(val.class_names),
@@ -197,6 +199,7 @@ def make_up(run, rng):
         "train": scores,
         "val": scores,
         "val_offline": all_scores(offline, val.defect, *how),
+        "val_offline_fixed": all_scores(fixed, val.defect, *how),
         "label_free": measures,
         "seconds": 60.0,
     }

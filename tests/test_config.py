@@ -209,7 +209,7 @@ def test_a_key_that_is_null_changes_no_name_and_makes_no_difference():
     assert run_name(cfg) == name
 
     later = dataclasses.make_dataclass(
-        "Later", [("more", dict), ("null", object)], bases=(simclr.Config,), frozen=True
+        "Later", [("more", dict, None), ("null", object, None)], bases=(simclr.Config,), frozen=True
     )
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     assert run_name(later(**values, more={"a": None, "b": {"c": None}}, null=None)) == name

@@ -200,7 +200,7 @@ def test_the_time_left_comes_from_what_is_finished(tmp_path, tiny_set):
     assert "about 01:54 with 2 at a time" in TimeLeft(runs).text(2)
     runs[1].folder.mkdir()
     batch, images = runs[1].cfg.optimization.batch_size, 57 * 2
-    (runs[1].folder / "log.jsonl").write_text('{"kind": "step", "step": 3}\n')
+    (runs[1].folder / "log.jsonl").write_text('{"step": 3, "samples_per_second": 9}\n')
     left = 1 + (images - 3 * batch) / images
     assert TimeLeft(runs).seconds() == (pytest.approx(left * 114), 2, 0)
     assert cost_key(runs[0]) == "simclr resnet18  32 px"

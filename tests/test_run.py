@@ -21,7 +21,8 @@ import simclr
 from common.offline_probe import apply_probe
 from common.running.checkpoint import TrainState, read_checkpoint
 from common.running.config import load_config
-from common.running.folder import read_json
+from common.running.folder import read_json, write_config
+from common.running.schema import read_yaml
 from common.running.standing import open_folder
 
 METHOD = "simclr"
@@ -169,6 +170,13 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(tmp_path, tiny_set):
         assert done.returncode == 1  # torchrun's own
         assert done.stderr.count("error: ") == 1 and "exitcode  : 2" in done.stderr, done.stderr
         assert read_json(tmp_path / "wrong/status.json")["state"] == "failed"
+
+
+def test_the_resolved_config_is_read_back_as_it_was(tmp_path):
+    texts = ["1e-3", "010", "yes", "null", "~", "1", "a: b # c", "\u00e9'\"", "-", "#"]
+    values = {"data": dict(zip("abcdefghij", texts, strict=True)), "x": [1e-6, 0.5, 3, True, None]}
+    write_config(tmp_path, values)
+    assert read_yaml(tmp_path / "config.yaml") == values
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):

@@ -73,6 +73,9 @@ def refuses(study, capsys, *words, overrides=()):
     with pytest.raises(SystemExit) as stop:
         main(["run", *command])
     assert stop.value.code == 2 and why in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", *command])
+    assert why in capsys.readouterr().err
     with pytest.raises(UserError, match="refused") as error:
         submit([run], 1, ["true"], [])
     assert why in str(error.value)

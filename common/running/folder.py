@@ -16,6 +16,7 @@ import yaml
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
 from common.running.checkpoint import LAST, PREVIOUS
+from common.running.schema import StrictLoader
 
 CONFIG, STATUS, RESULT = "config.yaml", "status.json", "result.json"
 PROVENANCE, LOCK, SCORES = "provenance.json", "lock", "val_scores.npz"
@@ -83,9 +84,16 @@ def note_refused_config(values, why):
             write_status(folder, "failed", why, False)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what our own rules would read as a number, such as a folder named 1e-3."""
+
+    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
+
+
 def write_config(folder, values):
     """The resolved config as nested dicts."""
-    write_atomically(Path(folder) / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    write_atomically(Path(folder) / CONFIG, text)
 
 
 def write_subset(folder, annotations, rows):

@@ -76,7 +76,7 @@ def _running_script(cfg):
     """The file whose Config that is, as bytes; none where there is no such file."""
     main = sys.modules["__main__"]
     is_main = getattr(main, "Config", None) is type(cfg)
-    path = getattr(main if is_main else sys.modules[type(cfg).__module__], "__file__", None)
+    path = getattr(main if is_main else sys.modules.get(type(cfg).__module__), "__file__", None)
     with contextlib.suppress(OSError):
         return Path(path).read_bytes() if path else b""
     return b""
@@ -91,12 +91,11 @@ def _keep(path, content):
     kept = path.read_bytes() if path.exists() else b""
     if kept == content:
         return sha, None
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
     if kept:
         other = path.with_name(f"{path.stem}_{hashlib.sha256(kept).hexdigest()[:8]}{path.suffix}")
         os.replace(path, other)
-    os.replace(new, path)
+    if content:
+        path.write_bytes(content)
     return sha, other
 
 

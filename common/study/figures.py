@@ -5,8 +5,10 @@ import itertools
 import matplotlib
 import numpy as np
 
+from common.metrics import METRICS
+from common.study.measures import MEASURES, measure_of
 from common.study.results import PREVALENCES, estimate, settings
-from common.study.tables import BACKBONES, MEASURES, METRICS, measure_of, percent
+from common.study.tables import backbone_name, in_print, percent, setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
@@ -95,7 +97,7 @@ def prevalence_curves(finished):
                 if f.low is not None:
                     x = p * 1.03 ** (i - 3)  # side by side
                     axis.plot([x, x], [f.low, f.high], color=colour, linewidth=0.8)
-        axis.set_title(f"{BACKBONES[backbone]}, trained with {percent(proportion)}", fontsize=9)
+        axis.set_title(f"{backbone_name(backbone)}, trained with {percent(proportion)}", fontsize=9)
         axis.set_xscale("log")
         axis.set_xticks(PREVALENCES, [percent(p) for p in PREVALENCES], fontsize=7)
         axis.minorticks_off()
@@ -121,7 +123,7 @@ def over_epochs(finished):
             how = {"color": colour, "marker": mark, "markersize": 3, "label": entry.method}
             axis.plot(x, y, alpha=shade[percent(entry.proportion)], **how)
             axis.set_ylabel(name if axis in axes[:, 0] else "")
-            axis.set_title(BACKBONES[entry.backbone] if row == 0 else "")
+            axis.set_title(backbone_name(entry.backbone) if row == 0 else "")
             axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
@@ -141,7 +143,7 @@ def measures_against_f1(finished):
                     continue
                 colour, mark = look[entry.method]
                 face = colour if entry.backbone == "resnet18" else "none"
-                label = f"{entry.method}, {BACKBONES[entry.backbone]}"
+                label = f"{entry.method}, {backbone_name(entry.backbone)}"
                 how = {"marker": mark, "facecolors": face, "edgecolors": colour, "label": label}
                 axes[row, column].scatter(value, f1, **how)
             axes[1, column].set_xlabel(name + (", share" if "rankme" in key else ""))
@@ -172,7 +174,7 @@ def recall_by_class(finished, rows):
 
 def augmentation(finished):
     """Figure 3: validation F1 by t_val and min_scale; a panel a method, backbone and proportion."""
-    groups = settings(finished, lambda e: (BACKBONES[e.backbone], e.method, percent(e.proportion)))
+    groups = settings(finished, setting)
     figure, axes = panels(1, len(groups), height=3.6, width=5.2)
     for axis, (name, entries) in zip(axes[0], groups.items(), strict=True):
         aug = settings(entries, lambda e: e.run.cfg.augmentation)
@@ -185,7 +187,7 @@ def augmentation(finished):
         _write_numbers(axis, values, ".3f", (np.nanmin(values) + np.nanmax(values)) / 2)
         axis.set_xticks(range(len(xs)), xs)
         axis.set_yticks(range(len(ys)), ys)
-        axis.set_title(", ".join(name), fontsize=9)
+        axis.set_title(", ".join(in_print(*name)), fontsize=9)
         figure.colorbar(image, label="validation F1")
     _labels(axes, "min_scale: smallest crop, share of the image", "t_val: strength of the jitter")
     return figure

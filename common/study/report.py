@@ -10,6 +10,7 @@ from common.running.errors import UserError
 from common.running.keyed import SAMPLE_IMAGES, keyed_rng
 from common.running.progress import Progress, say
 from common.study import figures, tables
+from common.study.measures import measures
 from common.study.results import collect, settings, with_variants
 from common.study.samples import samples
 
@@ -81,11 +82,12 @@ class Page:
 def write_report(runs, folder, probe="online", draws=0):
     """runs: GridRuns, finished or not. Writes the page of what is there; returns its path.
 
-    probe: online | offline, whose validation scores; draws: real subsets to draw a prevalence.
+    probe: a key of LOGITS, whose validation scores; draws: real subsets to draw a prevalence.
     """
     finished, missing = collect(runs, probe)
     if not finished:
-        raise UserError("no run of this grid is finished, so there is nothing to report")
+        why = [f"{name}: {why}" for name, why in missing.items() if why != "queued"]
+        raise UserError("\n  ".join(["no run of this grid is finished:", *why]))
     page = Page(folder)
     notes = NOTES.format(probe=probe)
     page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
@@ -129,8 +131,9 @@ def _main_steps(page, main, probe, draws):
     """One call a part of the page about methods, proportions and backbones."""
     for split in ("val", "train"):
         yield lambda s=split: page.add_table(tables.performance(main, s))
+    yield lambda: page.add_table(tables.probes(main))
     for backbone, entries in settings(main, lambda e: e.backbone).items():
-        name = tables.BACKBONES[backbone]
+        name = tables.backbone_name(backbone)
         for part, metrics in (
             ("", tables.OF_FIGURE_2),
             ("_more", ("precision", "recall", "f2_ciw_strict")),
@@ -166,7 +169,7 @@ def _main_steps(page, main, probe, draws):
         f"is the online probe's over the last epoch, on validation the {probe} probe's.",
         figures.measures_against_f1(main),
     )
-    yield lambda: page.add_table(tables.measures(main))
+    yield lambda: page.add_table(measures(main))
     classes = tables.class_recall(main)
     yield lambda: page.add_figure(
         "recall_by_class",

@@ -3,43 +3,27 @@
 import numpy as np
 
 from common.annotations import DEFECT
-from common.metrics import THRESHOLD, all_scores
+from common.metrics import METRICS, THRESHOLD, all_scores
 from common.study.evaluate import draw_subsets
 from common.study.results import (
     PREVALENCES,
     Estimate,
     beside,
     estimate,
-    kendall,
     paper_values,
-    regret,
     settings,
-    spearman,
 )
 from common.study.table import Table
 
-METRICS = {  # key: name in print
-    "f1": "F1",
-    "f2_ciw": "F2_CIW",
-    "f2_ciw_strict": "F2_CIW strict",
-    "f1_normal": "F1_normal",
-    "precision": "precision",
-    "recall": "recall",
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-}
 OF_FIGURE_2 = ("f1", "f2_ciw", "f1_normal")
 OF_TABLES = (*OF_FIGURE_2, "precision", "recall")
 BACKBONES = {"resnet18": "ResNet-18", "vit_tiny": "ViT-Tiny"}
-MEASURES = {  # label-free, key in result.json's label_free: name in print
-    "rankme_embeddings": "RankMe of embeddings",
-    "rankme_embeddings_centred": "RankMe of embeddings, centred",
-    "rankme_features": "RankMe of features",
-    "rankme_features_centred": "RankMe of features, centred",
-    "std_embeddings": "std of embeddings",
-    "std_features": "std of features",
-}
 SETTING = ("backbone", "method", "defects in training")
+
+
+def backbone_name(backbone):
+    """A backbone in print; a fork's is called what its config calls it."""
+    return BACKBONES.get(backbone, backbone)
 
 
 def percent(proportion):
@@ -52,8 +36,9 @@ def setting(entry):
     return entry.backbone, entry.method, entry.proportion
 
 
-def _in_print(backbone, method, proportion):
-    return [BACKBONES[backbone], method, percent(proportion)]
+def in_print(backbone, method, proportion):
+    """A setting as cells of a row."""
+    return [backbone_name(backbone), method, percent(proportion)]
 
 
 def _header(metrics, of_paper):
@@ -69,7 +54,7 @@ def performance(finished, split):
     """Tables 1, 3 and 4: every score of a split beside the paper's. split: train | val."""
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
-        row = [*_in_print(backbone, method, proportion), len(entries)]
+        row = [*in_print(backbone, method, proportion), len(entries)]
         for metric in METRICS:
             ours = estimate(entries, metric, split=split)
             key = ("tables 3 and 4", backbone, method, split, metric, proportion, None)
@@ -96,6 +81,30 @@ def performance(finished, split):
     )
 
 
+def probes(finished, metric="auroc"):
+    """One score by all three probes: how much of a difference is labels, how much features."""
+    rows = []
+    for key, entries in settings(finished, setting).items():
+        found = []
+        for split in ("val", "val_offline", "val_offline_fixed"):
+            values = [e.result.get(split, {}).get(metric) for e in entries]
+            values = [value for value in values if value is not None]
+            found.append(float(np.mean(values)) if values else None)
+        rows.append([*in_print(*key), len(entries), *found])
+    name = METRICS[metric]
+    return Table(
+        "probes",
+        f"{name} by probe",
+        f"{name} on clean validation images, as they are, mean over seeds. online: the study's, "
+        "learned beside the encoder. offline: a regression to convergence on the run's own "
+        "labelled rows, so with few defects it has few to learn from. offline, fixed: the same on "
+        "one labelled set for all runs, all labelled rows of the training CSV (of more than "
+        "50,000 a sample): only the features differ.",
+        (*SETTING, "seeds", "online", "offline", "offline, fixed"),
+        rows,
+    )
+
+
 def _everything_a_defect(finished):
     """The floor: the scores of calling every validation image a defect."""
     stored = finished[0].scores
@@ -113,7 +122,7 @@ def matrix(finished):
     rows, paper = [], paper_values()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
         for p in PREVALENCES:
-            row = [*_in_print(backbone, method, proportion), percent(p), len(entries)]
+            row = [*in_print(backbone, method, proportion), percent(p), len(entries)]
             for metric in METRICS:
                 ours = estimate(entries, metric, p)
                 theirs = paper.get(("figure 2", backbone, method, "val", metric, proportion, p))
@@ -137,7 +146,7 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
     rows = []
     for key, entries in settings(finished, setting).items():
         for p in PREVALENCES:
-            row = [*_in_print(*key), percent(p)]
+            row = [*in_print(*key), percent(p)]
             exact, drawn = entries[0].at(p), draw_subsets(entries[0].scores, p, draws)
             for metric in metrics:
                 known = drawn[metric][~np.isnan(drawn[metric])]
@@ -167,7 +176,7 @@ def resolution(finished):
         theirs = paper.get(("table 2", backbone, method, "val", "f1", None, float(size)))
         minutes = float(np.mean([e.result["seconds"] / e.result["epochs"] for e in entries])) / 60
         ours = beside(estimate(entries, "f1"), theirs)
-        rows.append([*_in_print(backbone, method, proportion), size, *ours, minutes])
+        rows.append([*in_print(backbone, method, proportion), size, *ours, minutes])
     rows.sort(key=lambda row: (*row[:3], row[3]))
     return Table(
         "resolution",
@@ -180,53 +189,6 @@ def resolution(finished):
     )
 
 
-def measures(finished):
-    """How well each label-free measure tells good runs from bad: rank correlation and regret.
-
-    Within each method and backbone (whose runs differ in proportion and seed), and over all trained
-    runs. RankMe is divided by the largest that its matrix could have, so that embeddings of
-    different widths can be pooled.
-    """
-    trained = [e for e in finished if e.result["method"] != "random"]
-    groups = {("all", "all trained"): trained}
-    groups |= settings(finished, lambda e: (e.backbone, e.method))
-    rows = []
-    for (backbone, method), entries in groups.items():
-        for key, name in MEASURES.items():
-            for split in ("train", "val"):
-                f1 = [e.at()["f1"] if split == "val" else e.result[split]["f1"] for e in entries]
-                pairs = zip(map(measure_of(key), entries), f1, strict=True)
-                pairs = [pair for pair in pairs if None not in pair]
-                x, y = zip(*pairs, strict=True) if pairs else ((), ())
-                row = [BACKBONES.get(backbone, backbone), method, name, split, len(x)]
-                rows.append([*row, spearman(x, y), kendall(x, y), regret(x, y)])
-    return Table(
-        "label_free",
-        "Label-free measures against F1, in numbers",
-        "Rank correlation over runs of each measure, on clean validation images, with F1 on "
-        f"training views (the online probe's) and on validation (the {finished[0].probe} probe's), "
-        "and the F1 that is lost by picking the run with the highest measure. Over all runs RankMe "
-        "counts as a share of its largest value. Embeddings are the projector's output; supervised "
-        "and MAE, which have none, have their features there. Fewer than three runs give no "
-        "correlation.",
-        ("backbone", "method", "measure", "F1 of", "runs", "Spearman", "Kendall", "regret"),
-        rows,
-    )
-
-
-def measure_of(key):
-    """A function Finished -> that measure; RankMe as a share of the largest it could be."""
-    of = key.removesuffix("_centred")
-
-    def value(entry):
-        label_free = entry.result["label_free"]
-        if not key.startswith("rankme") or label_free.get(key) is None:
-            return label_free.get(key)
-        return label_free[key] / label_free[f"{of}_largest"]
-
-    return value
-
-
 def class_recall(finished):
     """Recall of each defect class beside its images in training; a row a run and class."""
     rows = []
@@ -236,7 +198,7 @@ def class_recall(finished):
         for c, name in enumerate(scores.class_names):
             of = scores.classes[:, c] & is_defect
             recall = float(called[of].mean()) if of.any() else None
-            where = [*_in_print(*setting(entry)), entry.result["seed"], name]
+            where = [*in_print(*setting(entry)), entry.result["seed"], name]
             rows.append([*where, counts.get(name), int(of.sum()), recall])
     return Table(
         "class_recall",
