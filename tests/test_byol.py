@@ -35,7 +35,7 @@ def test_loss_and_gradient_are_the_papers_equation():
 
 
 def test_known_values_and_invariances():
-    p0, p1, t0, t1 = four()
+    p0, p1, t0, t1 = (x.double() for x in four())
     assert float(byol_loss(t1, t0, t0, t1)) == pytest.approx(0, abs=1e-6)  # views are crossed
     assert float(byol_loss(-t1, -t0, t0, t1)) == pytest.approx(8)
     right = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
