@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ SHARED = ROOT.parent / "shared" / "data"
 PATIENCE = 1800  # seconds: only what hangs takes as long, however busy the machine
 
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would inherit it
 
 
 @pytest.fixture(scope="session")
