@@ -169,15 +169,15 @@ def picture(entries, config, val, path, columns=8):
     bars.set_ylabel("score on validation")
     bars.legend(ncols=len(SHOWN), loc="upper left", frameon=False)
     bars.spines[["top", "right"]].set_visible(False)
+    legend = "logit, true classes; frame: orange = defect, blue = normal"
     strips = (
-        (f"Most likely defects, says {last.name} (logit, true classes)", order[:columns]),
+        (f"Most likely defects, says {last.name} ({legend})", order[:columns]),
         ("Defects it would miss first", defects[::-1][:columns]),
         ("Normal images it would raise a false alarm for first", normals[:columns]),
     )
     for i, (title, rows) in enumerate(strips):
         axes = [figure.add_subplot(grid[i + 1, c]) for c in range(columns)]
         _show_images(axes, title, rows, last.logits, config, val)
-    figure.text(0.99, 0.617, "frame: orange = defect, blue = normal", fontsize=10, ha="right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
