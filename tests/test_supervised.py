@@ -58,7 +58,7 @@ def test_without_any_label_there_is_nothing_to_learn(tmp_path, capsys):
     unknown = [*write_set(tmp_path / "set", unlabelled=64), "data.train_defect_proportion=null"]
     with pytest.raises(SystemExit) as stop:
         run("supervised", tmp_path, unknown, "blind", "data.train_defect_proportion=null")
-    assert stop.value.code == 2 and "no image has a label" in capsys.readouterr().err
+    assert stop.value.code == 2 and "0 normal and 0 defect images" in capsys.readouterr().err
 
 
 def loss_of_a_share():
