@@ -1,5 +1,6 @@
 # make demo [SEED=N]: a trained, scored model from a fresh machine. make test: the tests. Both
-# install first.
+# install first. make bench: speed beside peers, to benchmarks/RESULTS.md. make test-gpu: on any
+# machine with one CUDA device and torch, without installing.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
@@ -8,7 +9,7 @@ DEMO ?= $(if $(filter 0,$(SEED)),demo,demo/seed$(SEED))
 SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \
       data.val_csv=$(DEMO)/set/SewerML_Val.csv run.output_dir=$(DEMO)/runs
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test test-slurm test-gpu bench lint clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,13 @@ test: $(VENV)/ready
 
 test-slurm: $(VENV)/ready
 	PYTHON=$(PY) tests/slurm_node.sh
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+bench: $(VENV)/ready
+	$(PY) -m pip install -q -e ".[bench]"
+	$(PY) -m benchmarks
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -20,9 +20,9 @@ from common.running.folder import note_refused_config
 from common.running.progress import say, speaks
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank has
-SECONDS_FOR_WORKERS = 5  # to end by themselves
+SECONDS_FOR_WORKERS = 30  # to end by themselves, on a busy machine
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
-SECONDS_FOR_OTHER_RANKS = 20
+SECONDS_FOR_OTHER_RANKS = 120
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
 
 
