@@ -42,22 +42,43 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            decay, trust = group["weight_decay"], group["trust_coefficient"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad
-                if p.ndim > 1 or not group["exclude_bias_and_norm"]:
-                    w_norm, g_norm = p.norm(), update.norm()
-                    rate = trust * w_norm / (g_norm + decay * w_norm)
-                    rate = torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0)
-                    update = rate * update.add(p, alpha=decay)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                p.add_(buffer, alpha=-group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = self._adapted(params, group)
+            buffers = [self._momentum_buffer(p) for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
         return loss
+
+    @staticmethod
+    def _adapted(params, group):
+        """Gradients of params, those of weights decayed and scaled. All tensors in one call each:
+        a small network spends more time on launching kernels than on their work."""
+        updates = [p.grad for p in params]
+        chosen = [
+            i for i, p in enumerate(params) if p.ndim > 1 or not group["exclude_bias_and_norm"]
+        ]
+        if not chosen:
+            return updates
+        weights, gradients = [params[i] for i in chosen], [updates[i] for i in chosen]
+        w_norm = torch.stack(torch._foreach_norm(weights))
+        g_norm = torch.stack(torch._foreach_norm(gradients))
+        decay = group["weight_decay"]
+        rate = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm)
+        rate = torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0)
+        scaled = torch._foreach_add(gradients, weights, alpha=decay)
+        torch._foreach_mul_(scaled, rate.unbind())
+        for i, update in zip(chosen, scaled, strict=True):
+            updates[i] = update
+        return updates
+
+    def _momentum_buffer(self, p):
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
 
 def build_optimizer(

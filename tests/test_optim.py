@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.optim import LARS, build_optimizer, set_lr
 
@@ -21,9 +22,11 @@ def reference_lars(params, grads, lr, momentum, decay, trust, steps):
     return params
 
 
-def test_lars_is_the_papers():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_lars_is_the_papers(dtype, tolerance):
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(s)) for s in ((4, 3), (5,), (2, 3, 3, 3), (6, 2))]
+    shapes = ((4, 3), (5,), (2, 3, 3, 3), (6, 2))
+    params = [nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
     params[3].data.zero_()  # a norm of zero
     grads = [[torch.randn_like(p) for p in params] for _ in range(5)]
     grads[1][0].zero_()
@@ -34,7 +37,62 @@ def test_lars_is_the_papers():
             p.grad = g.clone()
         optimizer.step()
     for p, e in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach().double(), e, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(p.detach().double(), e, atol=tolerance / 10, rtol=tolerance)
+
+
+class Calls(TorchDispatchMode):
+    """Counts kernels; a list that no single kernel takes counts by its length."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        # Scalars of one tensor each: torch falls back to a kernel a tensor.
+        self.count += len(args[0]) if op is torch.ops.aten._foreach_mul_.List else 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_number_of_kernels_grows_by_one_a_weight():
+    def kernels(count):
+        params = [nn.Parameter(torch.ones(s)) for s in [(3, 2)] * count + [(3,)] * 2 * count]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = LARS(params, lr=0.1, weight_decay=0.1)
+        optimizer.step()  # makes the buffers
+        with Calls() as calls:
+            optimizer.step()
+        return calls.count
+
+    assert kernels(20) - kernels(10) == 10 and kernels(24) < 48
+
+
+def test_lars_keeps_a_momentum_buffer_a_parameter_and_goes_on_from_it():
+    def stepped(optimizer, params, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    def fresh():
+        torch.manual_seed(9)
+        params = [nn.Parameter(torch.randn(s)) for s in ((4, 3), (5,))]
+        return params, LARS(params, lr=0.3, weight_decay=1e-2)
+
+    whole, optimizer = fresh()
+    stepped(optimizer, whole, range(4))
+    first, optimizer = fresh()
+    stepped(optimizer, first, range(2))
+    saved = optimizer.state_dict()
+    assert {k: list(v) for k, v in saved["state"].items()} == {
+        0: ["momentum_buffer"],
+        1: ["momentum_buffer"],
+    }
+    resumed, optimizer = fresh()
+    for p, value in zip(resumed, first, strict=True):
+        p.data.copy_(value.data)
+    optimizer.load_state_dict(saved)
+    stepped(optimizer, resumed, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(resumed, whole, strict=True))
 
 
 def test_lars_ignores_the_scale_of_the_loss_for_weights_only():
