@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.running.errors import UserError
+from common.running.progress import say
 
 
 def world_size():
@@ -119,11 +120,19 @@ def to_device(model, device, batch_size):
 def wrap(model, device, compile_model, deterministic):
     """Compile in place, then DistributedDataParallel where there are several ranks.
 
-    compile_model: True, False or "auto" (on CUDA). A model without anything to train stays bare.
+    compile_model: True, False or "auto": on CUDA, unless a SyncBatchNorm, around which a graph
+    breaks, would leave it in dozens of pieces. A model without anything to train stays bare.
     deterministic: on CUDA, keep the gradients' places fixed, at some cost in speed; on CPU always.
     """
     trains = any(p.requires_grad for p in model.parameters())
-    if compile_model is True or (compile_model == "auto" and device.type == "cuda"):
+    if compile_model == "auto":
+        compile_model = device.type == "cuda"
+        if compile_model and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            compile_model = False
+            say(
+                "run.compile: auto compiles nothing: the BatchNorm of several GPUs breaks the graph"
+            )
+    if compile_model:
         model.compile()
     if world_size() == 1 or not trains:
         return model

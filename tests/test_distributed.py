@@ -83,6 +83,22 @@ def test_on_cuda_batchnorm_is_over_all_ranks_and_memory_is_channels_last(monkeyp
     assert placed[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_auto_compiles_on_cuda_unless_a_syncbatchnorm_breaks_the_graph(capsys):
+    cuda = torch.device("cuda", 0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def compiled(model, how):
+        model._compiled_call_impl = None
+        return wrap(model, cuda, how, False)._compiled_call_impl is not None
+
+    assert compiled(plain, "auto") and compiled(plain, True) and not compiled(plain, False)
+    assert not capsys.readouterr().err
+    of_all_ranks = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    assert not compiled(of_all_ranks, "auto")
+    assert capsys.readouterr().err.count("run.compile: auto") == 1
+    assert compiled(of_all_ranks, True)
+
+
 def test_a_batchnorm_needs_two_images(monkeypatch):
     """A rank's own on CPU, all ranks' on CUDA."""
     monkeypatch.setattr("common.distributed.world_size", lambda: 2)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.distributed import gather_unpadded, world_size
 from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
 from common.running.errors import REMEDY, UserError
@@ -39,7 +40,7 @@ class TrainState:
     probe: LinearProbe
     scaler: torch.amp.GradScaler
     scores: RunningScores = field(init=False)  # of the current epoch
-    loss_sum: float | torch.Tensor = 0.0  # over the current epoch's steps, mean over ranks
+    loss_sum: float | torch.Tensor = 0.0  # over the current epoch's steps, of this rank
     loss_steps: int | torch.Tensor = 0  # that are in that sum: those with a finite loss
     train_scores: dict | None = None  # of the last whole epoch
     skipped_steps: int = 0  # of the whole run, by the scaler
@@ -48,8 +49,23 @@ class TrainState:
     def __post_init__(self):
         self.scores = RunningScores(leave_out=self.scaler.is_enabled())
 
+    def loss_sums(self):
+        """Each rank's `loss_sum`, (W,) float64 on CPU. All ranks call it."""
+        loss_sum = torch.as_tensor(self.loss_sum, dtype=torch.float64)
+        return gather_unpadded(loss_sum.cpu().reshape(1))
+
+    def mean_loss(self):
+        """Over the epoch's steps and all ranks; None without a finite one. All ranks call it."""
+        sums, steps = self.loss_sums(), int(self.loss_steps)
+        return float(sums.mean()) / steps if steps else None
+
+    def start_epoch(self, train_scores):
+        """Forget the epoch that ended but for its scores."""
+        self.train_scores, self.loss_sum, self.loss_steps = train_scores, 0.0, 0
+        self.scores.clear()
+
     def capture(self):
-        """The state as plain types and tensors. All ranks call it (scores are gathered)."""
+        """The state as plain types and tensors. All ranks call it (what is theirs is gathered)."""
         rows, logits = self.scores.gather()
         return {
             "model": self.model.state_dict(),
@@ -57,21 +73,24 @@ class TrainState:
             "probe": self.probe.state_dict(),
             "scaler": self.scaler.state_dict(),
             "scores": {"rows": rows, "logits": logits},
-            "loss_sum": float(self.loss_sum),
+            "loss_sum": self.loss_sums(),
             "loss_steps": int(self.loss_steps),
             "train_scores": self.train_scores,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def restore(self, saved, is_first_rank):
+    def restore(self, saved, rank):
         """Take up what `capture` returned."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.probe.load_state_dict(saved["probe"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.scores.restore(**saved["scores"], is_first_rank=is_first_rank)
-        for name in ("loss_sum", "loss_steps", "train_scores", "skipped_steps", "skipped_in_a_row"):
+        self.scores.restore(**saved["scores"], is_first_rank=rank == 0)
+        # One number for all ranks, their mean, is an earlier release's.
+        sums = torch.as_tensor(saved["loss_sum"], dtype=torch.float64)
+        self.loss_sum = float(sums.expand(world_size())[rank])
+        for name in ("loss_steps", "train_scores", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, saved[name])
 
 

@@ -8,6 +8,7 @@ device in an ordinary step.
 
 import torch
 
+from common.distributed import all_reduce_mean
 from common.running.errors import REMEDY, UserError
 
 MOST_IN_A_ROW = 20  # skipped steps
@@ -37,12 +38,14 @@ class OverflowGuard:
 
     @torch.no_grad()
     def after_step(self, loss):
-        """Count the step, and undo it where its loss is not finite. loss: the same on all ranks.
+        """Count the step, and undo it where the loss of a rank is not finite. loss: this rank's.
 
         Adds the loss to the state's sum. Raises UserError where nothing is learned any more.
         """
-        state = self.state
-        counts = loss.isfinite() if self.enabled else torch.ones_like(loss, dtype=torch.bool)
+        state, loss = self.state, loss.double()
+        counts = torch.ones_like(loss, dtype=torch.bool)
+        if self.enabled:
+            counts = all_reduce_mean(loss).isfinite()  # on the device: the host does not wait
         state.loss_sum = state.loss_sum + torch.where(counts, loss, 0.0)
         state.loss_steps = state.loss_steps + counts
         if not self.enabled:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank h
 SECONDS_FOR_WORKERS = 30  # to end by themselves, on a busy machine
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 SECONDS_FOR_OTHER_RANKS = 120
+SECONDS_BETWEEN_MEETINGS = 5  # at most, while steps take what they took
 GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
 
 
@@ -98,6 +100,7 @@ class StopSignal:
 
     def __init__(self):
         self.received, self._pid = None, os.getpid()
+        self._met, self._next = (0, -math.inf), 0  # (step, when) of the last meeting; next step
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             _handlers.setdefault(number, signal.signal(number, self._handle))
 
@@ -107,18 +110,30 @@ class StopSignal:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        say(f"{self.received.name}: saving and stopping after this step")
+        when = "after this step" if not dist.is_initialized() else "once all ranks know of it"
+        say(f"{self.received.name}: saving and stopping {when}")
 
     def name(self):
         """The signal's name."""
         return self.received.name if self.received else "a signal to another rank"
 
-    def agreed(self):
-        """Whether any rank was asked to stop; the same answer on all ranks."""
-        flag = torch.tensor([self.received is not None], dtype=torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+    def agreed(self, step, due):
+        """Whether any rank was asked to stop; the same answer on all ranks. Called after each step.
+
+        A single process looks each time. Several ranks meet where `due`, the same on all of them,
+        and at steps they agreed on at the last meeting: by its own clock a rank would come alone.
+        """
+        if not dist.is_initialized():
+            return self.received is not None
+        if step < self._next and not due:
+            return False
+        (before, when), self._met = self._met, (step, time.monotonic())
+        seconds = (self._met[1] - when) / (step - before)  # a step
+        told = torch.tensor([self.received is not None, seconds], dtype=torch.float64)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        asked, seconds = told.tolist()
+        self._next = step + max(1, int(SECONDS_BETWEEN_MEETINGS / max(seconds, 1e-6)))
+        return bool(asked)
 
 
 _handlers = {}  # what handled a signal before a StopSignal did
@@ -133,8 +148,9 @@ def report_failures_to(callback):
 def entry_point(main):
     """Decorates a script's main: errors become one sentence, a status and an exit code.
 
-    0 done, 2 the user's input (a UserError), 3 a fault worth retrying, 75 stopped by a signal and
-    resumable. Rank 0 speaks for all, unless only one rank knows of the error.
+    0 done, 2 the user's input (a UserError, or more than the GPU's memory holds), 3 a fault worth
+    retrying, 75 stopped by a signal and resumable. Rank 0 speaks for all, unless only one rank
+    knows of the error.
     """
 
     @functools.wraps(main)
@@ -176,7 +192,7 @@ def _run(main, argv):
     """main(argv), and the exit code."""
     is_first = speaks()
     try:
-        main(argv)
+        _within_memory(main, argv)
     except UserError as error:
         if error.one_rank or is_first:
             print(f"error: {error}", file=sys.stderr)
@@ -201,6 +217,17 @@ def _run(main, argv):
         traceback.print_exc()
         return FAULT
     return DONE
+
+
+def _within_memory(main, argv):
+    """main(argv); out of the GPU's memory is an error of this rank that the user can mend."""
+    try:
+        main(argv)
+    except torch.OutOfMemoryError as error:
+        told = ". ".join(str(error).split(". ")[:2])  # that it was, and how much was asked for
+        told = UserError(f"{told}: lower optimization.batch_size, or use more GPUs")
+        told.one_rank = True
+        raise told from None
 
 
 def _report(state, why, retryable):

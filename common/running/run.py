@@ -92,7 +92,7 @@ class Run:
             check_same_run(self.folder, saved, identity(self.cfg, False), self._must_stay())
             if saved["versions"] != files.versions():
                 say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
-            state.restore(saved["state"] | {"model": saved["model"]}, self.is_first)
+            state.restore(saved["state"] | {"model": saved["model"]}, self.rank)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
             self._watch = Stopwatch(saved["seconds"], saved["train_seconds"])
             log_size = saved["log_size"]
@@ -136,26 +136,28 @@ class Run:
         """
         if self.step == 0 and self.is_first:
             self.log.show_views(views)
-        loss = all_reduce_mean(loss.detach().double())
         self._guard.after_step(loss)
         self.step += 1
         self._watch.end_step()
         self._progress.update(self.cfg.optimization.batch_size, self._note)
         ends_epoch = self.step % self.steps_per_epoch == 0
-        if self.step == 1 or self.step % self.cfg.run.log_every == 0 or ends_epoch:
-            self._log_step(state, float(loss), float(probe_loss), rates, embeddings, ends_epoch)
-        if self.stop.agreed():
+        logs = self.step == 1 or self.step % self.cfg.run.log_every == 0 or ends_epoch
+        saves = self.step % self.cfg.run.checkpoint_every_steps == 0
+        if logs:  # this and a save wait for the device, nothing else here does
+            self._log_step(state, loss, probe_loss, rates, embeddings, ends_epoch)
+        if self.stop.agreed(self.step, logs or saves):
             self._save(state)
             if self.is_first:
                 files.write_status(self.folder, "preempted", self.stop.name(), True)
             say(f"stopped at step {self.step}; the same command goes on from here")
             raise Stopped
-        if self.step % self.cfg.run.checkpoint_every_steps == 0:
+        if saves:
             self._save(state)
 
     def _log_step(self, state, loss, probe_loss, rates, embeddings, ends_epoch):
         std, notes = embedding_std(embeddings), all_reduce_means(self._notes)
-        record = {"loss": loss, "probe_loss": probe_loss, **rates, "embedding_std": std}
+        loss = float(all_reduce_mean(loss.detach().double()))
+        record = {"loss": loss, "probe_loss": float(probe_loss), **rates, "embedding_std": std}
         record |= {"loss_scale": self._guard.scale(), "skipped_steps": state.skipped_steps}
         if not self._guard.enabled:
             check_finite(f"the loss at step {self.step}", loss)
@@ -187,8 +189,7 @@ class Run:
         clean images and the label-free measures of these.
         """
         val, label_free = validation or (None, None)
-        n = int(state.loss_steps)
-        loss = float(state.loss_sum) / n if n else None
+        loss = state.mean_loss()
         check_finite(f"the loss at step {self.step}", loss)
         if self.step == self.total_steps:
             self._guard.check_end(self.step)
@@ -197,8 +198,7 @@ class Run:
         self.epochs_done += 1
         epochs = f"epoch {self.epochs_done}/{self.cfg.optimization.epochs}"
         say(f"{epochs}: {epoch_line(loss, scores)}, {clock(self._watch.seconds())}")
-        state.train_scores, state.loss_sum, state.loss_steps = train, 0.0, 0
-        state.scores.clear()
+        state.start_epoch(train)
         self._save(state)
 
     def _save(self, state):
