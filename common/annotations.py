@@ -8,7 +8,7 @@ else, such as a date, is ignored. Commas, semicolons and tabs are told apart by 
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class Annotations:
 
     def __len__(self):
         return len(self.defect)
+
+    def take(self, rows):
+        """The same table with some of its rows: numbers, or a mask (N,)."""
+        arrays = ("filename", "defect", "classes", "line")
+        return replace(self, **{name: getattr(self, name)[rows] for name in arrays})
 
     def name(self, row):
         """File name of a row, as text."""

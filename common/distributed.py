@@ -116,6 +116,11 @@ def to_device(model, device, batch_size):
     return model
 
 
+def compiles(compile_model, device):
+    """run.compile, True, False or "auto" (on CUDA) -> whether to compile."""
+    return compile_model is True or (compile_model == "auto" and device.type == "cuda")
+
+
 def wrap(model, device, compile_model, deterministic):
     """Compile in place, then DistributedDataParallel where there are several ranks.
 
@@ -123,7 +128,7 @@ def wrap(model, device, compile_model, deterministic):
     deterministic: on CUDA, keep the gradients' places fixed, at some cost in speed; on CPU always.
     """
     trains = any(p.requires_grad for p in model.parameters())
-    if compile_model is True or (compile_model == "auto" and device.type == "cuda"):
+    if compiles(compile_model, device):
         model.compile()
     if world_size() == 1 or not trains:
         return model

@@ -1,6 +1,7 @@
 """One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch.distributed as dist
@@ -72,10 +73,13 @@ class Run:
             now = {}
         return now
 
-    def describe_data(self, train, rows, val):
-        """Say which rows are trained on, and keep them for the folder. train, val: Annotations."""
+    def describe_data(self, train, rows, val, packed):
+        """Say which rows are trained on, and keep them for the folder. train, val: Annotations.
+
+        packed: form and hash of a packed store, or None.
+        """
         self._subset = train, rows
-        self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
+        self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256(), "packed": packed}
         self.counts = count_labels(train.defect[rows])
         say(f"{self.folder}\n{subset_text(**self.counts, train=train, val=val)}")
 
@@ -105,7 +109,7 @@ class Run:
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
-        self._note, self._notes = "", {}
+        self._note, self._notes, self._batches = "", {}, None
         self._guard = OverflowGuard(state)
 
     def epochs(self):
@@ -113,11 +117,17 @@ class Run:
         yield from range(self.epochs_done, self.cfg.optimization.epochs)
 
     def steps(self, loader):
-        """(step, batch) of the current epoch, from where the run stands."""
-        first = self.step - self.epochs_done * self.steps_per_epoch
-        loader.batch_sampler.start(self.epochs_done, first)
+        """(step, batch) of the current epoch, from where the run stands.
+
+        One pass of the loader serves all epochs, so that the next epoch's batches are made ahead.
+        """
+        if self._batches is None:
+            first = self.step - self.epochs_done * self.steps_per_epoch
+            loader.batch_sampler.start(self.epochs_done, first, self.cfg.optimization.epochs)
+            self._batches = batches(loader)
         self._watch.start_step()
-        for batch in batches(loader):
+        left = self.steps_per_epoch * (self.epochs_done + 1) - self.step
+        for batch in itertools.islice(self._batches, left):
             self._guard.before_step()
             yield self.step, batch
 
