@@ -35,12 +35,12 @@ def resize(image, size):
     in whole numbers, the same on every processor.
     """
     pixels = torch.from_numpy(_array(image)).permute(2, 0, 1)[None]  # channels_last: it likes that
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0].contiguous()
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0]
 
 
 def resize_squash(image, size):
     """(H, W, 3) uint8 array or PIL image -> (3, size, size) uint8, all of it: what is scored."""
-    return resize(image, (size, size))
+    return resize(image, (size, size)).contiguous()
 
 
 def draw_crop(rng, width, height, min_scale):
@@ -79,21 +79,22 @@ class CropViews:
         Returns views (V, 3, S, S) uint8, factors (V, 5) and noise (V, L) float32.
         """
         image = _array(image)
-        views, factors, noise = [], [], []
-        for view in range(self.num_views):
+        size, many = self.image_size, self.num_views
+        views, factors = torch.empty((many, 3, size, size), dtype=torch.uint8), []
+        noise = np.zeros((many, self.noise_size), np.float32)
+        for view in range(many):
             rng = keyed_rng(VIEW, self.seed, epoch, row, view)
             height, width = image.shape[:2]
             left, top, w, h = draw_crop(rng, width, height, self.min_scale)
-            crop = image[top : top + h, left : left + w]
-            views.append(resize_squash(crop, self.image_size))
+            views[view] = resize(image[top : top + h, left : left + w], (size, size))
             t = self.t_val
             colour = rng.uniform(1 - t, 1 + t, 3)
             hue = rng.uniform(-t / 2, t / 2)
             factors.append([*colour, hue, rng.random() < self.flip_prob])
-            rng = keyed_rng(MASK, self.seed, epoch, row, view)
-            noise.append(rng.random(self.noise_size, dtype=np.float32))
-        factors = torch.tensor(factors, dtype=torch.float32)
-        return torch.stack(views), factors, torch.from_numpy(np.stack(noise))
+            if self.noise_size:
+                rng = keyed_rng(MASK, self.seed, epoch, row, view)
+                rng.random(out=noise[view], dtype=np.float32)
+        return views, torch.tensor(factors, dtype=torch.float32), torch.from_numpy(noise)
 
 
 # The four operations as in torchvision.transforms.v2.functional, for a batch, in few passes over

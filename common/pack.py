@@ -73,11 +73,11 @@ class Encoded(Dataset):
 
 def _estimate(encoded, left, workers, out):
     """Say how much and how long it will be; raises UserError where the disk is too small."""
-    start, tried = time.monotonic(), range(0, len(encoded), max(len(encoded) // TRIED, 1))
+    start, tried = time.monotonic(), range(0, len(encoded), -(-len(encoded) // TRIED))
     sizes = [0 if isinstance(x, ImageError) else len(x[0]) for x in map(encoded.__getitem__, tried)]
     seconds = (time.monotonic() - start) / len(tried) * left / max(workers, 1)
     needed, free = sum(sizes) / len(tried) * left, shutil.disk_usage(out).free
-    say(f"{left} images: about {needed / 1e9:.2g} GB and {clock(seconds)} with {workers} workers")
+    say(f"{left} images: about {needed / 1e9:.2g} GB and {clock(seconds)}, {workers} workers")
     if needed > free:
         raise UserError(f"{out}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} are free")
 
@@ -146,7 +146,7 @@ def _look_again(out, encoded, records):
     return unreadable
 
 
-def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=1):
+def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
     """Write a store of the named images (sorted, UTF-8 bytes); returns {name: why} of the others.
 
     What an earlier call with the same arguments left is gone on with.
