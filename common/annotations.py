@@ -74,7 +74,7 @@ class Annotations:
 def read_annotations(path):
     """CSV file -> Annotations. Raises UserError naming the file, and the line and column if any.
 
-    Sewer-ML's 1.3 million rows take some seconds.
+    Sewer-ML's 1.3 million rows take a second, a file with quotes, or blank lines, some seconds.
     """
     path = os.fspath(path)
     try:
@@ -146,8 +146,7 @@ def count_labels(defect):
 
 def check_disjoint(train, val):
     """Raises UserError where a file name stands in both: validation would see training images."""
-    width = max(train.filename.dtype.itemsize, val.filename.dtype.itemsize)
-    both = np.intersect1d(train.filename.astype(f"S{width}"), val.filename.astype(f"S{width}"))
+    both = np.intersect1d(train.filename, val.filename, assume_unique=True)  # each its own: faster
     if len(both):
         shown = ", ".join(name.decode() for name in both[:3])
         raise UserError(
