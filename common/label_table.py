@@ -11,10 +11,10 @@ from common.running.errors import CONTROL, UserError
 
 NOT_CLASSES = ("Filename", "Defect", "WaterLevel", "VA", "ND", "")
 DEFECT, NORMAL, UNLABELLED = 1, 0, -1
+WRONG = 2  # code of a cell that is none of these
 
 _DELIMITERS = ",;\t"
 _CODES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "": UNLABELLED}
-_WRONG = 2  # code of a cell that is none of these
 _BYTES_AT_ONCE = 1 << 20  # of a plain file
 _ROWS_AT_ONCE = 65536  # of any other
 _LONGEST_NAME = 1024  # bytes
@@ -90,40 +90,25 @@ def normal_name(name):
     return name
 
 
-class _Chunk:
-    """N rows of a file as arrays, with what is wrong with them.
+def _chunk(path, header, names, lines, cells):
+    """N rows: (lines, file names, codes (N, 1 + C) of Defect and `names`, C lists of wrong cells).
 
-    Whether a column is a class is known when all chunks are: until then its cells are counted.
+    cells: (text, start, end): the cell of row i and column c is text[start[i, c]:end[i, c]].
+    Whether a column is a class is known when all rows are: so its first wrong cells are kept.
     """
+    filename, bad = _names(cells, header.index("Filename"), lines)
+    columns = [header.index(name) for name in ("Defect", *names)]
+    codes = _codes(cells, columns)
 
-    def __init__(self, path, header, names, lines, cells):
-        """names: those columns of the header that may be classes.
+    def wrong(c, allowed, most=None):
+        where = np.flatnonzero(codes[:, c] == WRONG)[:most]
+        found = zip(lines[where], _texts(cells, columns[c], where), strict=True)
+        return [(n, f"{header[columns[c]]} is {x[:40]!r}, expected {allowed}") for n, x in found]
 
-        cells: (text, start, end): the cell of row i and column c is text[start[i, c]:end[i, c]].
-        """
-        self.lines = lines.astype(np.int32)
-        self.filename, bad = _names(cells, header.index("Filename"), lines)
-        columns = [header.index(name) for name in ("Defect", *names)]
-        codes = _codes(cells, columns)
-        self.defect, codes = codes[:, 0].copy(), codes[:, 1:]
-
-        def told(column, where, allowed):
-            found = zip(lines[where], _texts(cells, column, where), strict=True)
-            return [(n, f"{header[column]} is {x[:40]!r}, expected {allowed}") for n, x in found]
-
-        where = np.flatnonzero(self.defect == _WRONG)
-        bad += told(columns[0], where, "0, 1 or empty (not labelled)")
-        if bad:
-            refuse(path, bad)
-        labelled = (self.defect != UNLABELLED)[:, None]
-        self.labelled = int(labelled.sum())
-        self.classes = (codes == DEFECT) & labelled
-        self.values = (((codes == DEFECT) | (codes == NORMAL)) & labelled).sum(axis=0)  # (C,)
-        wrong = (codes == _WRONG) | ((codes == UNLABELLED) & labelled)
-        self.wrong = []  # C times: the first few wrong cells, and how many there are
-        for column, of_column in zip(columns[1:], wrong.T, strict=True):
-            where = np.flatnonzero(of_column)
-            self.wrong.append((told(column, where[:_SHOWN], "0 or 1"), len(where)))
+    if bad := bad + wrong(0, "0, 1 or empty (not labelled)"):
+        refuse(path, bad)
+    codes[(codes == UNLABELLED) & (codes[:, :1] != UNLABELLED)] = WRONG
+    return lines, filename, codes, [wrong(c, "0 or 1", _SHOWN) for c in range(1, len(columns))]
 
 
 def _texts(cells, column, rows):
@@ -136,14 +121,14 @@ def _codes(cells, columns):
     """(N, len(columns)) int8 codes of cells of _CODES, in any case and between blanks; else 2."""
     text, start, end = cells
     codes = np.frombuffer(text + b"\0", np.uint8)[start] - ord("0")  # right where it is one digit
-    codes = np.minimum(codes, _WRONG).view(np.int8)
-    codes[end - start > 1] = _WRONG
+    codes = np.minimum(codes, WRONG).view(np.int8)
+    codes[end - start > 1] = WRONG
     codes[end == start] = UNLABELLED
     codes = codes[:, columns]
-    for c in np.flatnonzero((codes == _WRONG).any(axis=0)):
-        rows = np.flatnonzero(codes[:, c] == _WRONG)
+    for c in np.flatnonzero((codes == WRONG).any(axis=0)):
+        rows = np.flatnonzero(codes[:, c] == WRONG)
         found = _texts(cells, columns[c], rows)
-        known = {cell: _CODES.get(cell.strip().lower(), _WRONG) for cell in set(found)}
+        known = {cell: _CODES.get(cell.strip().lower(), WRONG) for cell in set(found)}
         codes[rows, c] = [known[cell] for cell in found]
     return codes
 
@@ -181,7 +166,10 @@ def _plain_rows(path, delimiter, columns):
             even = np.array_equal(breaks, np.arange(columns - 1, len(end), columns))
             if not even or any(byte in text for byte in (b'"', b"\r", b"\0")):
                 raise ValueError("csv.reader has to look at it")
-            lines, start = np.arange(done, done + len(breaks)) + 1, np.append(0, end[:-1] + 1)
+            lines, start = (
+                np.arange(done, done + len(breaks), dtype=np.int32) + 1,
+                np.append(0, end[:-1] + 1),
+            )
             rows = slice(done == 0, None)  # without the header
             yield lines[rows], (text, *(x.reshape(-1, columns)[rows] for x in (start, end)))
             done += len(breaks)
@@ -202,22 +190,26 @@ def _csv_rows(path, delimiter, columns):
                 length = np.array([len(cell) for cell in cells])
                 end = length.cumsum().reshape(-1, columns)
                 start = end - length.reshape(-1, columns)
-                yield np.array([line for line, _ in rows]), (b"".join(cells), start, end)
+                yield np.array([line for line, _ in rows], np.int32), (b"".join(cells), start, end)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def read_chunks(path):
-    """(header, those of its columns that may be classes, the file's rows as a list of _Chunk)."""
+def read_table(path):
+    """(header, those C of its columns that may be classes, and what _chunk gives, of all rows).
+
+    The wrong cells stay one list of C lists a chunk.
+    """
     with open(path, newline="", encoding="utf-8-sig") as file:
         delimiter, header = _read_header(path, file)
     _check_header(path, header)
     names = tuple(name for name in header if name not in NOT_CLASSES)
-    where = path, delimiter, len(header)
+    how = path, delimiter, len(header)
     try:
-        chunks = [
-            _Chunk(path, header, names, *part) for part in _plain_rows(*where) if len(part[0])
-        ]
+        chunks = [_chunk(path, header, names, *rows) for rows in _plain_rows(*how) if len(rows[0])]
     except (ValueError, UserError):  # what is wrong is told by csv.reader's rows
-        chunks = [_Chunk(path, header, names, *part) for part in _csv_rows(*where)]
-    return header, names, chunks
+        chunks = [_chunk(path, header, names, *rows) for rows in _csv_rows(*how)]
+    if not chunks:
+        raise UserError(f"{path}: there is a header, but no row")
+    *arrays, wrong = zip(*chunks, strict=True)
+    return header, names, *map(np.concatenate, arrays), wrong

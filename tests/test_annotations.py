@@ -1,4 +1,5 @@
 import csv
+import random
 
 import numpy as np
 import pytest
@@ -134,6 +135,69 @@ def test_delimiters_are_told_apart_by_the_header(tmp_path, delimiter):
     assert a.class_names == ("RB",) and a.defect.tolist() == [1, 0]
     b = read(tmp_path, f"Filename{delimiter} Defect\r\na{delimiter} 1\r\n")
     assert b.defect.tolist() == [1]
+
+
+NAMES = ("{}.png", "b/{}", "ü{}", "x y{}", "漢{}", "d\\e{}", "./f{}", "\u00b0{}", "g{}.")
+BAD_NAMES = ("../{}", "/{}", "", "a\x85{}", "a\u2028{}", "C:{}", "same", "x\0{}", "h" * 1020 + "{}")
+CELLS = ("0", "1", "0.0", "1.0", "True", "false", " 1", "", "x", "2", "10:30", "\xa01", "é")
+
+
+def random_table(rng):
+    """Bytes of a table of any layout; some hold quotes, blank lines or something wrong."""
+    delimiter, line_break = rng.choice(",;\t"), rng.choice(["\n", "\r\n", "\r"])
+    odd, quoted = rng.choice([0, 0, 0.1]), rng.choice([0, 0, 0, 0.2])
+    header = ["Filename", "Defect", *rng.sample(["RB", "WaterLevel", "Date", "X", ""], 3)]
+    rng.shuffle(header)
+    kinds = {name: rng.choice([2, 2, 6, 13]) for name in header} | {"Defect": rng.choice([2, 8])}
+    lines = [header]
+    for i in range(rng.choice([0, 1, 2, 30])):
+        cells = {name: rng.choice(CELLS[: kinds[name]]) for name in header}
+        cells["Filename"] = rng.choice(BAD_NAMES if rng.random() < odd / 9 else NAMES).format(i)
+        cells["Defect"] = rng.choice(CELLS[: 13 if rng.random() < odd / 9 else kinds["Defect"]])
+        if rng.random() < odd:
+            cells = dict.fromkeys(header, "") | {"Filename": cells["Filename"]}  # not labelled
+        lines.append([f'"{x}"' if rng.random() < quoted else x for x in cells.values()])
+        lines += [[]] * (rng.random() < odd / 9) + [["x"]] * (rng.random() < odd / 99)
+    text = line_break.join(delimiter.join(cells) for cells in lines) + line_break * rng.randint(
+        0, 1
+    )
+    return rng.choice(["", "\ufeff"]).encode() + text.encode() + b"\xff" * (rng.random() < 0.02)
+
+
+def found(path):
+    try:
+        a = read_annotations(path)
+    except UserError as error:
+        return str(error)
+    return a.sha256(), a.filename.dtype, a.line.tolist(), a.class_names, a.ignored
+
+
+def test_bytes_and_csv_reader_give_the_same_tables_and_messages(tmp_path, monkeypatch):
+    def not_plain(*how):
+        raise ValueError
+
+    rng, path, answers = random.Random(0), tmp_path / "a.csv", []
+    for _ in range(500):
+        path.write_bytes(random_table(rng))
+        monkeypatch.setattr("common.label_table._BYTES_AT_ONCE", rng.choice([1, 50, 1 << 20]))
+        monkeypatch.setattr("common.label_table._ROWS_AT_ONCE", rng.choice([3, 65536]))
+        answers.append(found(path))
+        with monkeypatch.context() as patch:
+            patch.setattr("common.label_table._plain_rows", not_plain)
+            assert found(path) == answers[-1], path.read_bytes()
+    assert 100 < sum(isinstance(answer, str) for answer in answers) < 400
+
+
+@pytest.mark.parametrize("size", [1, 20, 1 << 20])
+def test_a_plain_file_needs_no_csv_reader(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("common.label_table._BYTES_AT_ONCE", size)
+    monkeypatch.setattr("common.label_table._csv_rows", None)
+    a = read(
+        tmp_path, "\ufeffRB,Filename,Defect,Date\r\n1,a/b.png,1.0,x y\r\n,./ü.png,,\r\n0,c,0,1"
+    )
+    assert [a.name(i) for i in range(3)] == ["a/b.png", "ü.png", "c"]
+    assert a.defect.tolist() == [1, -1, 0] and a.line.tolist() == [2, 3, 4]
+    assert a.class_names == ("RB",) and a.classes.tolist() == [[True], [False], [False]]
 
 
 def mostly(values, other, n=40):
