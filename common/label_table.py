@@ -186,11 +186,13 @@ def _csv_rows(path, delimiter, columns):
                 if uneven := [(line, len(row)) for line, row in rows if len(row) != columns]:
                     text = f"cells, the header has {columns}"
                     refuse(path, [(line, f"{cells} {text}") for line, cells in uneven])
-                cells = [cell.encode() for _, row in rows for cell in row]
-                length = np.array([len(cell) for cell in cells])
+                lines = np.array([line for line, _ in rows], np.int32)
+                cells = [cell for _, row in rows for cell in row]
+                text = "".join(cells).encode()
+                lengths = map(len, cells if text.isascii() else map(str.encode, cells))
+                length = np.fromiter(lengths, np.int64, len(cells)).reshape(-1, columns)
                 end = length.cumsum().reshape(-1, columns)
-                start = end - length.reshape(-1, columns)
-                yield np.array([line for line, _ in rows], np.int32), (b"".join(cells), start, end)
+                yield lines, (text, end - length, end)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
