@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class _Rows(Dataset):
     def __init__(self, images, annotations):
         """images: as `open_images` returns it, or the folder that they lie in."""
         self.images = open_images(images) if isinstance(images, (str, os.PathLike)) else images
-        self.annotations = annotations
+        # Where workers are not forked each has a copy, and none needs the classes.
+        self.annotations = replace(annotations, classes=annotations.classes[:, :0].copy())
 
     def read(self, row, check=True):
         where = f" ({self.annotations.place(row)})"
