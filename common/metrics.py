@@ -7,6 +7,8 @@ is None, and `undefined` of the result says why: never 0.0, which would look lik
 Deviation: F2_CIW: the study's cannot see a false alarm; f2_ciw_strict, which can, stands beside it.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from common.annotations import CLASS_IMPORTANCE
@@ -43,30 +45,58 @@ def _labelled(logits, labels):
     return logits, labels == 1
 
 
-def _curve(logits, is_defect):
-    """Counts (tp, fp) of calling `logit >= t` a defect, for each distinct t, the highest first."""
-    order = np.argsort(-logits, kind="stable")
-    thresholds, hits = logits[order], is_defect[order]
-    last = np.flatnonzero(np.append(thresholds[1:] != thresholds[:-1], True))
-    tp = np.cumsum(hits, dtype=np.int64)[last]
-    return tp, last + 1 - tp, thresholds[last]
+@dataclass(frozen=True)
+class Counts:
+    """What the scores of a set of images are made of, at any prevalence. T distinct logits."""
+
+    n_defect: int
+    n_normal: int
+    tp: int  # defects called a defect
+    fp: int  # normals called a defect
+    images: np.ndarray  # (C,) of each class
+    hits: np.ndarray  # (C,) those of them that are called a defect
+    threshold: np.ndarray  # (T,) logits at which there is a defect, the highest first
+    tps: np.ndarray  # (T,) defects at or above it
+    fps: np.ndarray  # (T,) normals at or above it
+    fps_above: np.ndarray  # (T,) normals above it
 
 
-def average_precision(tp, fp, w_defect, w_normal):
-    """Sum of precision times the step in recall (as scikit-learn), with a weight a class.
+class Ranking:
+    """Images sorted by their logit, once; to be counted with any weights.
 
-    tp, fp: (T,) counts down to each threshold, the highest first.
+    order: of the defects and of the normals, which one (in the order given) has rank 0, 1, ...
     """
-    called = tp * w_defect + fp * w_normal
-    precision = tp * w_defect / np.maximum(called, np.finfo(float).tiny)
-    steps = np.diff(tp, prepend=0) / tp[-1]
-    return float((precision * steps).sum())
 
+    def __init__(self, logits, labels, classes):
+        """As in all_scores."""
+        rows = np.flatnonzero(np.asarray(labels).reshape(-1) == 1)
+        logits, is_defect = _labelled(logits, labels)
+        groups = -logits[is_defect], -logits[~is_defect]
+        self.order = tuple(np.argsort(x, kind="stable") for x in groups)
+        defects, normals = (x[order] for x, order in zip(groups, self.order, strict=True))
+        self._called = [int(np.searchsorted(x, -THRESHOLD, "right")) for x in (defects, normals)]
+        # float32 sums of whole numbers are exact below 2^24, and a matrix product of them is fast.
+        self._classes = np.asarray(classes)[rows[self.order[0]]].astype(bool).astype(np.float32)
+        self._end = 1 + np.flatnonzero(np.append(defects[1:] != defects[:-1], len(defects) > 0))
+        self._threshold = defects[self._end - 1]  # a step of the curve ends in front of _end
+        self._fps = np.searchsorted(normals, self._threshold, "right")
+        self._fps_above = np.searchsorted(normals, self._threshold, "left")
 
-def area_under_roc(tp, fp):
-    """Area under the steps of (fp, tp), ties counted half: exact in int64. tp, fp: (T,) counts."""
-    area2 = (np.diff(fp, prepend=0) * (tp + np.append(0, tp[:-1]))).sum()
-    return float(area2 / (2 * tp[-1] * fp[-1]))
+    def count(self, of_defect=None, of_normal=None):
+        """How often each defect and each normal counts, by rank: whole numbers; None: once."""
+        given = zip((of_defect, of_normal), self.order, strict=True)
+        weights = [np.ones(len(order), np.int64) if w is None else w for w, order in given]
+        tp, fp = (np.append(0, np.cumsum(w, dtype=np.int64)) for w in weights)
+        called, missed = np.split(weights[0].astype(np.float32), self._called[:1])
+        hits = (called @ self._classes[: len(called)]).astype(np.float64)
+        images = hits + (missed @ self._classes[len(called) :])
+        tps = tp[self._end]
+        steps = np.flatnonzero(np.diff(tps, prepend=0))  # elsewhere, no defect is counted
+        return Counts(
+            *(int(tp[-1]), int(fp[-1]), int(tp[self._called[0]]), int(fp[self._called[1]])),
+            *(images, hits, -self._threshold[steps], tps[steps]),
+            *(fp[self._fps[steps]], fp[self._fps_above[steps]]),
+        )
 
 
 def count_scores(tp, fn, fp, tn):
@@ -106,30 +136,39 @@ def binary_scores(logits, labels, prevalence=None):
     average_precision; threshold, the logit at which F1 is highest, and f1_best, that F1; n and
     n_defect, the rows behind it; undefined, {score: reason} for those that are None.
     """
-    logits, is_defect = _labelled(logits, labels)
-    n, n_defect = len(logits), int(is_defect.sum())
-    n_normal = n - n_defect
-    called = logits >= THRESHOLD
-    tp, fp = int((called & is_defect).sum()), int((called & ~is_defect).sum())
-    w_defect = w_normal = 1.0
-    if prevalence is not None:
-        if not 0 < prevalence < 1:
-            raise UserError(f"a prevalence lies between 0 and 1, got {prevalence}")
-        w_defect = prevalence / max(n_defect, 1)
-        w_normal = (1 - prevalence) / max(n_normal, 1)
-    counts = np.array([tp, n_defect - tp]) * w_defect, np.array([fp, n_normal - fp]) * w_normal
-    scores = count_scores(*counts[0], *counts[1])
+    no_classes = np.zeros((np.asarray(labels).size, 0))
+    return _binary_scores(Ranking(logits, labels, no_classes).count(), prevalence)
+
+
+def _weights(counts, prevalence):
+    """What a defect and a normal count at a prevalence."""
+    if prevalence is None:
+        return 1.0, 1.0
+    if not 0 < prevalence < 1:
+        raise UserError(f"a prevalence lies between 0 and 1, got {prevalence}")
+    return prevalence / max(counts.n_defect, 1), (1 - prevalence) / max(counts.n_normal, 1)
+
+
+def _binary_scores(counts, prevalence):
+    n_defect, n_normal, tp, fp = counts.n_defect, counts.n_normal, counts.tp, counts.fp
+    w_defect, w_normal = _weights(counts, prevalence)
+    scores = count_scores(
+        tp * w_defect, (n_defect - tp) * w_defect, fp * w_normal, (n_normal - fp) * w_normal
+    )
     scores |= dict.fromkeys(("auroc", "average_precision", "threshold", "f1_best"))
     undefined = {} if scores["precision"] is not None else {"precision": "nothing called a defect"}
     if n_defect:
-        tps, fps, thresholds = _curve(logits, is_defect)
+        tps, fps, steps = counts.tps, counts.fps, np.diff(counts.tps, prepend=0)
         if prevalence is None or n_normal:
-            f1 = 2 * tps * w_defect / ((tps + n_defect) * w_defect + fps * w_normal)
+            called = tps + fps * (w_normal / w_defect)  # in units of a defect
+            f1 = 2 * tps / (called + n_defect)
             best = int(f1.argmax())
-            scores["average_precision"] = average_precision(tps, fps, w_defect, w_normal)
-            scores["threshold"], scores["f1_best"] = float(thresholds[best]), float(f1[best])
-        if n_normal:
-            scores["auroc"] = area_under_roc(tps, fps)
+            # The sum of precision times the step in recall, as scikit-learn.
+            scores["average_precision"] = float((tps / called * steps).sum() / n_defect)
+            scores["threshold"], scores["f1_best"] = float(counts.threshold[best]), float(f1[best])
+        if n_normal:  # the area under the steps, ties counted half: exact in int64
+            area2 = (steps * (2 * n_normal - fps - counts.fps_above)).sum()
+            scores["auroc"] = float(area2 / (2 * n_defect * n_normal))
     needs_defects = ("recall", "f1", "f2", "average_precision", "threshold", "f1_best", "auroc")
     needs_normals = ("f1_normal", "auroc")
     if prevalence is not None:  # a missing group has no rate that could be mixed in
@@ -141,7 +180,7 @@ def binary_scores(logits, labels, prevalence=None):
         if not count:
             for name in names:
                 scores[name], undefined[name] = None, f"0 {group}"
-    return scores | {"n": n, "n_defect": n_defect, "undefined": undefined}
+    return scores | {"n": n_defect + n_normal, "n_defect": n_defect, "undefined": undefined}
 
 
 def f2_ciw(predicted, classes, class_names):
@@ -184,17 +223,23 @@ def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None)
 
 def all_scores(logits, labels, classes, class_names, prevalence=None):
     """binary_scores, f2_ciw and f2_ciw_strict in one dict. classes: (N, C)."""
-    scores = binary_scores(logits, labels, prevalence)
-    labels = np.asarray(labels).reshape(-1)
-    predicted, classes = np.asarray(logits).reshape(-1) >= THRESHOLD, np.asarray(classes)
-    scores["f2_ciw"] = f2_ciw(predicted[labels == 1], classes[labels == 1], class_names)
-    scores["f2_ciw_strict"] = f2_ciw_strict(predicted, classes, class_names, labels, prevalence)
+    return scores_of(Ranking(logits, labels, classes).count(), class_names, prevalence)
+
+
+def scores_of(counts, class_names, prevalence=None):
+    """The same of Counts."""
+    scores = _binary_scores(counts, prevalence)
     undefined = scores.pop("undefined")
-    if scores["n_defect"] == 0:
-        scores["f2_ciw"] = scores["f2_ciw_strict"] = None
-    for name in ("f2_ciw", "f2_ciw_strict"):
-        if scores[name] is None:
-            undefined[name] = "no class columns" if not len(class_names) else undefined["auroc"]
+    w_defect, w_normal = _weights(counts, prevalence)
+    tp, fn = counts.hits * w_defect, (counts.images - counts.hits) * w_defect
+    for name, fp in (("f2_ciw", 0), ("f2_ciw_strict", counts.fp * w_normal)):
+        needs_normals = name == "f2_ciw_strict" and prevalence is not None
+        if not len(class_names):
+            scores[name], undefined[name] = None, "no class columns"
+        elif not counts.n_defect or needs_normals and not counts.n_normal:
+            scores[name], undefined[name] = None, undefined["auroc"]
+        else:
+            scores[name] = ciw_f2(tp, fn, fp, class_names)
     return scores | {"undefined": undefined}
 
 
