@@ -7,11 +7,10 @@ is None, and `undefined` of the result says why: never 0.0, which would look lik
 Deviation: F2_CIW: the study's cannot see a false alarm; f2_ciw_strict, which can, stands beside it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from common.annotations import CLASS_IMPORTANCE
+from common.ranking import Ranking
 from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
@@ -29,74 +28,6 @@ METRICS = {  # scores that are shown, key: name in print
 
 def _ratio(numerator, denominator):
     return float(numerator / denominator) if denominator > 0 else None
-
-
-def _labelled(logits, labels):
-    """Logits and 0/1 labels of the labelled rows, as float64 and bool arrays."""
-    logits, labels = np.asarray(logits, np.float64).reshape(-1), np.asarray(labels).reshape(-1)
-    if logits.shape != labels.shape:
-        raise ValueError(f"{len(logits)} logits, but {len(labels)} labels")
-    keep = labels != -1
-    logits, labels = logits[keep], labels[keep]
-    if not np.isfinite(logits).all():
-        raise UserError(f"{(~np.isfinite(logits)).sum()} logits are not finite: nothing is scored")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError("labels must be 1, 0 or -1")
-    return logits, labels == 1
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the scores of a set of images are made of, at any prevalence. T distinct logits."""
-
-    n_defect: int
-    n_normal: int
-    tp: int  # defects called a defect
-    fp: int  # normals called a defect
-    images: np.ndarray  # (C,) of each class
-    hits: np.ndarray  # (C,) those of them that are called a defect
-    threshold: np.ndarray  # (T,) logits at which there is a defect, the highest first
-    tps: np.ndarray  # (T,) defects at or above it
-    fps: np.ndarray  # (T,) normals at or above it
-    fps_above: np.ndarray  # (T,) normals above it
-
-
-class Ranking:
-    """Images sorted by their logit, once; to be counted with any weights.
-
-    order: of the defects and of the normals, which one (in the order given) has rank 0, 1, ...
-    """
-
-    def __init__(self, logits, labels, classes):
-        """As in all_scores."""
-        rows = np.flatnonzero(np.asarray(labels).reshape(-1) == 1)
-        logits, is_defect = _labelled(logits, labels)
-        groups = -logits[is_defect], -logits[~is_defect]
-        self.order = tuple(np.argsort(x, kind="stable") for x in groups)
-        defects, normals = (x[order] for x, order in zip(groups, self.order, strict=True))
-        self._called = [int(np.searchsorted(x, -THRESHOLD, "right")) for x in (defects, normals)]
-        # float32 sums of whole numbers are exact below 2^24, and a matrix product of them is fast.
-        self._classes = np.asarray(classes)[rows[self.order[0]]].astype(bool).astype(np.float32)
-        self._end = 1 + np.flatnonzero(np.append(defects[1:] != defects[:-1], len(defects) > 0))
-        self._threshold = defects[self._end - 1]  # a step of the curve ends in front of _end
-        self._fps = np.searchsorted(normals, self._threshold, "right")
-        self._fps_above = np.searchsorted(normals, self._threshold, "left")
-
-    def count(self, of_defect=None, of_normal=None):
-        """How often each defect and each normal counts, by rank: whole numbers; None: once."""
-        given = zip((of_defect, of_normal), self.order, strict=True)
-        weights = [np.ones(len(order), np.int64) if w is None else w for w, order in given]
-        tp, fp = (np.append(0, np.cumsum(w, dtype=np.int64)) for w in weights)
-        called, missed = np.split(weights[0].astype(np.float32), self._called[:1])
-        hits = (called @ self._classes[: len(called)]).astype(np.float64)
-        images = hits + (missed @ self._classes[len(called) :])
-        tps = tp[self._end]
-        steps = np.flatnonzero(np.diff(tps, prepend=0))  # elsewhere, no defect is counted
-        return Counts(
-            *(int(tp[-1]), int(fp[-1]), int(tp[self._called[0]]), int(fp[self._called[1]])),
-            *(images, hits, -self._threshold[steps], tps[steps]),
-            *(fp[self._fps[steps]], fp[self._fps_above[steps]]),
-        )
 
 
 def count_scores(tp, fn, fp, tn):
@@ -137,7 +68,7 @@ def binary_scores(logits, labels, prevalence=None):
     n_defect, the rows behind it; undefined, {score: reason} for those that are None.
     """
     no_classes = np.zeros((np.asarray(labels).size, 0))
-    return _binary_scores(Ranking(logits, labels, no_classes).count(), prevalence)
+    return _binary_scores(Ranking(logits, labels, no_classes, THRESHOLD).count(), prevalence)
 
 
 def _weights(counts, prevalence):
@@ -158,17 +89,16 @@ def _binary_scores(counts, prevalence):
     scores |= dict.fromkeys(("auroc", "average_precision", "threshold", "f1_best"))
     undefined = {} if scores["precision"] is not None else {"precision": "nothing called a defect"}
     if n_defect:
-        tps, fps, steps = counts.tps, counts.fps, np.diff(counts.tps, prepend=0)
         if prevalence is None or n_normal:
-            called = tps + fps * (w_normal / w_defect)  # in units of a defect
-            f1 = 2 * tps / (called + n_defect)
-            best = int(f1.argmax())
+            called = counts.fps * (w_normal / w_defect) + counts.tps  # in units of a defect
             # The sum of precision times the step in recall, as scikit-learn.
-            scores["average_precision"] = float((tps / called * steps).sum() / n_defect)
+            of_steps = (counts.tps * counts.steps / called).sum()
+            scores["average_precision"] = float(of_steps / n_defect)
+            f1 = 2 * counts.tps / (called + n_defect)
+            best = int(f1.argmax())
             scores["threshold"], scores["f1_best"] = float(counts.threshold[best]), float(f1[best])
-        if n_normal:  # the area under the steps, ties counted half: exact in int64
-            area2 = (steps * (2 * n_normal - fps - counts.fps_above)).sum()
-            scores["auroc"] = float(area2 / (2 * n_defect * n_normal))
+        if n_normal:
+            scores["auroc"] = counts.pairs / (2 * n_defect * n_normal)
     needs_defects = ("recall", "f1", "f2", "average_precision", "threshold", "f1_best", "auroc")
     needs_normals = ("f1_normal", "auroc")
     if prevalence is not None:  # a missing group has no rate that could be mixed in
@@ -223,7 +153,8 @@ def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None)
 
 def all_scores(logits, labels, classes, class_names, prevalence=None):
     """binary_scores, f2_ciw and f2_ciw_strict in one dict. classes: (N, C)."""
-    return scores_of(Ranking(logits, labels, classes).count(), class_names, prevalence)
+    counts = Ranking(logits, labels, classes, THRESHOLD).count()
+    return scores_of(counts, class_names, prevalence)
 
 
 def scores_of(counts, class_names, prevalence=None):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.metrics import METRICS, Ranking, scores_of
+from common.metrics import METRICS, THRESHOLD, scores_of
+from common.ranking import Ranking
 from common.running.errors import UserError
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
@@ -42,7 +43,7 @@ class StoredScores:
     @functools.cached_property
     def ranking(self):
         """The images by their logits: sorted once, for every prevalence and every draw."""
-        return Ranking(self.logit, self.label, self.classes)
+        return Ranking(self.logit, self.label, self.classes, THRESHOLD)
 
     @functools.cached_property
     def _counts(self):
@@ -79,15 +80,12 @@ def intervals(scores, prevalences, draws, seed=0):
     {prevalence: {score: (low, high)}}, without what the data cannot give; a draw in which a score
     is undefined does not count for it.
     """
-    groups = [len(order) for order in scores.ranking.order]
+    groups = tuple(map(len, scores.ranking.order))
     found = {p: {} for p in prevalences}
     if not all(groups):
         return found
-    rng = keyed_rng(BOOTSTRAP, seed)
-    for _ in range(draws):
-        counts = scores.ranking.count(
-            *(np.bincount(rng.integers(0, n, n), minlength=n) for n in groups)
-        )
+    for weights in _resampled(*groups, draws, seed):
+        counts = scores.ranking.count(*weights)
         for p, values in found.items():
             drawn = scores_of(counts, scores.class_names, p)
             for name in WITH_INTERVAL:
@@ -105,20 +103,16 @@ def draw_subsets(scores, prevalence, draws, seed=0):
     All normals and as many defects as make the prevalence; where those are too few, all defects and
     fewer normals.
     """
-    groups = [len(order) for order in scores.ranking.order]
-    n_defect, n_normal = round(groups[1] * prevalence / (1 - prevalence)), groups[1]
-    if n_defect > groups[0]:
-        n_defect = groups[0]
+    of_defects, of_normals = orders = scores.ranking.order
+    n_defect, n_normal = round(len(of_normals) * prevalence / (1 - prevalence)), len(of_normals)
+    if n_defect > len(of_defects):
+        n_defect = len(of_defects)
         n_normal = round(n_defect * (1 - prevalence) / prevalence)
     found = []
     for draw in range(draws):
-        weights = []
-        pairs = zip(_shuffled(*groups, seed, draw), scores.ranking.order, strict=True)
-        for n, (shuffled, order) in zip((n_defect, n_normal), pairs, strict=True):
-            is_drawn = np.zeros(len(order), bool)
-            is_drawn[shuffled[:n]] = True
-            weights.append(is_drawn[order])
-        found.append(scores_of(scores.ranking.count(*weights), scores.class_names))
+        shuffled = _shuffled(*map(len, orders), seed, draw)
+        drawn = map(_among_first, (n_defect, n_normal), shuffled, orders)
+        found.append(scores_of(scores.ranking.count(*drawn), scores.class_names))
     return {
         name: np.array([np.nan if f[name] is None else f[name] for f in found])
         for name in found[0]
@@ -126,11 +120,29 @@ def draw_subsets(scores, prevalence, draws, seed=0):
     }
 
 
-@functools.lru_cache(maxsize=128)
-def _shuffled(n_defect, n_normal, seed, draw):
-    """The defects and the normals of a draw, whose first ones are the subset of any prevalence.
+def _among_first(n, shuffled, order):
+    """Whether each image, by rank, is among the first n of those shuffled; None: all are."""
+    if n == len(order):
+        return None
+    is_drawn = np.zeros(len(order), bool)
+    is_drawn[shuffled[:n]] = True
+    return is_drawn[order]
 
-    Kept, as all prevalences, and all runs of a validation set, draw the same.
-    """
+
+# Draws are kept: they are the same at all prevalences, and for all runs with that many images.
+@functools.lru_cache(1)
+def _resampled(n_defect, n_normal, draws, seed):
+    """Draws with replacement: [how often each defect, and each normal, by rank, is in it]."""
+    rng = keyed_rng(BOOTSTRAP, seed)
+    sizes = [(n_defect, n_normal)] * draws
+    return [
+        [np.bincount(rng.integers(0, n, n), minlength=n).astype(np.int8) for n in both]
+        for both in sizes
+    ]
+
+
+@functools.lru_cache(128)
+def _shuffled(n_defect, n_normal, seed, draw):
+    """The defects and the normals in an order that starts with the subset of any prevalence."""
     rng = keyed_rng(DRAWN_SUBSET, seed, draw)
     return [rng.permutation(n).astype(np.int32) for n in (n_defect, n_normal)]
