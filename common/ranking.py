@@ -49,7 +49,7 @@ class Ranking:
     """
 
     def __init__(self, logits, labels, classes, threshold):
-        """logits, labels, classes: as in metrics.all_scores. Called a defect: logit >= threshold."""
+        """logits, labels, classes: as in all_scores; called a defect is logit >= threshold."""
         rows = np.flatnonzero(np.asarray(labels).reshape(-1) == 1)
         logits, is_defect = _labelled(logits, labels)
         groups = -logits[is_defect], -logits[~is_defect]
