@@ -46,7 +46,9 @@ def write_csv(path, label, classes):
     """A file in Sewer-ML's columns."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"Filename,WaterLevel,VA,{','.join(CLASS_IMPORTANCE)},ND,Defect\n")
-        for i, (defect, of) in enumerate(zip(label.tolist(), classes.astype(int).tolist())):
+        for i, (defect, of) in enumerate(
+            zip(label.tolist(), classes.astype(int).tolist(), strict=True)
+        ):
             cells = ",".join(map(str, of))
             file.write(f"{path.stem}_{i:08d}.png,5,0,{cells},{1 - defect},{defect}\n")
 

@@ -4,6 +4,7 @@ A defect is the positive (1), a normal the negative (0); rows labelled -1 are le
 N normals, C classes, T distinct logits of defects. Counts are exact.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,43 +56,57 @@ class Ranking:
         groups = -logits[is_defect], -logits[~is_defect]
         self.order = tuple(np.argsort(x, kind="stable") for x in groups)
         defects, normals = (x[order] for x, order in zip(groups, self.order, strict=True))
-        self._called = [int(np.searchsorted(x, -threshold, "right")) for x in (defects, normals)]
-        classes = np.asarray(classes)[rows[self.order[0]]].astype(bool)
-        # float32 sums of whole numbers are exact below 2^24, and a matrix product of them is fast.
-        self._classes = np.ascontiguousarray(classes.T, np.float32)
+        called = [int(np.searchsorted(x, -threshold, "right")) for x in (defects, normals)]
+        self._called, self._normals = called[0], (called[1], len(normals))
+        self._classes = np.asarray(classes)[rows[self.order[0]]].astype(bool)  # (D, C)
         is_new = np.append(len(defects) > 0, defects[1:] != defects[:-1])[: len(defects)]
         self._step, self._logit = np.cumsum(is_new) - 1, -defects[is_new]  # (D,), (T,)
         sides = ("right", "left")
         self._at, self._above = (np.searchsorted(normals, -self._logit, side) for side in sides)
+
+    @functools.cached_property
+    def _kinds(self):
+        """Which combination of classes each defect has, and (K, C) what those K are."""
+        bits = np.packbits(np.pad(self._classes, ((0, 0), (1, 0))), axis=1)
+        texts = bits.view(f"S{bits.shape[1]}").ravel()
+        _, first, kind = np.unique(texts, return_index=True, return_inverse=True)
+        return kind, self._classes[first].astype(np.float64)
+
+    def _of_classes(self, ranks, weights):
+        """(C,) weighted images of each class among the defects of these ranks."""
+        if weights is None:
+            return self._classes[ranks].sum(axis=0, dtype=np.float64)
+        kind, kinds = self._kinds
+        return np.bincount(kind[ranks], weights[ranks], minlength=len(kinds)) @ kinds
 
     def count(self, of_defect=None, of_normal=None):
         """Counts in which each defect (D,) and each normal (N,) counts that often; None: once.
 
         Whole numbers, by rank.
         """
-        if of_defect is None:
-            of_defect = np.ones(len(self.order[0]), bool)
-        called, missed = np.split(of_defect.astype(np.float32), self._called[:1])
-        hits = (self._classes[:, : len(called)] @ called).astype(np.float64)
-        images = hits + self._classes[:, len(called) :] @ missed
-        drawn = np.flatnonzero(of_defect)
+        weights = np.ones(len(self.order[0]), bool) if of_defect is None else of_defect
+        drawn = np.flatnonzero(weights)
+        called, missed = np.split(drawn, [np.searchsorted(drawn, self._called)])
+        hits, misses = (self._of_classes(ranks, of_defect) for ranks in (called, missed))
+        defects = np.cumsum(weights[drawn], dtype=np.int64)
         step = self._step[drawn]
         last = np.flatnonzero(np.append(step[1:] != step[:-1], True)[: len(step)])
-        fp = np.arange(len(self.order[1]) + 1)  # of the first 0, 1, ... normals
+        step, tps = step[last], defects[last]
+        fps, above, fp, n_normal = self._at[step], self._above[step], *self._normals
         if of_normal is not None:
-            np.cumsum(of_normal, out=fp[1:])
-        step, tps = step[last], np.cumsum(of_defect[drawn], dtype=np.int64)[last]
-        steps, fps = np.diff(tps, prepend=0), fp[self._at[step]]
+            down = np.append(0, np.cumsum(of_normal, dtype=np.int64))  # of the first 0, 1, ...
+            fps, above, fp, n_normal = down[fps], down[above], down[fp], down[-1]
+        steps = np.diff(tps, prepend=0)
         return Counts(
             n_defect=int(steps.sum()),
-            n_normal=int(fp[-1]),
-            tp=int(of_defect[: len(called)].sum(dtype=np.int64)),
-            fp=int(fp[self._called[1]]),
-            images=images,
+            n_normal=int(n_normal),
+            tp=int(defects[len(called) - 1]) if len(called) else 0,
+            fp=int(fp),
+            images=hits + misses,
             hits=hits,
             threshold=self._logit[step],
             steps=steps.astype(np.float64),
             tps=tps.astype(np.float64),
             fps=fps.astype(np.float64),
-            pairs=int((steps * (2 * fp[-1] - fps - fp[self._above[step]])).sum()),
+            pairs=int((steps * (2 * n_normal - fps - above)).sum()),
         )

@@ -163,12 +163,12 @@ def is_held(path):
         return False
 
 
-_annotations = functools.lru_cache(maxsize=2)(read_annotations)
+annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 
 def training_subset(run):
     """(Annotations, rows) that a run trains on. Raises UserError where its CSV is not there."""
     data = run.cfg.data
-    train = _annotations(data.train_csv)
+    train = annotations(data.train_csv)
     p, size = data.train_defect_proportion, data.subset_size
     return train, imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)
