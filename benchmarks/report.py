@@ -7,7 +7,6 @@ subsets at each prevalence; and the 25 cells of five training by five validation
 
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -130,5 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -15,7 +15,7 @@ def cost_key(run):
 
 
 class TimeLeft:
-    """The time that the runs of a grid still take; counts each run's images once."""
+    """The time that the runs of a grid still take; counts each training set once."""
 
     def __init__(self, runs):
         self.runs, self._images = runs, {}
@@ -48,13 +48,14 @@ class TimeLeft:
 
     def _count(self, run):
         """Training images of a run over its epochs; None while that cannot be told."""
-        if run.name not in self._images:
+        data = run.cfg.data
+        key = (data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size)
+        if key not in self._images:  # the same for every seed
             try:
-                epoch = len(training_subset(run)[1])
-                self._images[run.name] = epoch * run.cfg.optimization.epochs
+                self._images[key] = len(training_subset(run)[1])
             except UserError:
                 return None
-        return self._images[run.name]
+        return self._images[key] * run.cfg.optimization.epochs
 
 
 def _measured(run):

@@ -168,7 +168,11 @@ annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 def training_subset(run):
     """(Annotations, rows) that a run trains on. Raises UserError where its CSV is not there."""
-    data = run.cfg.data
-    train = annotations(data.train_csv)
-    p, size = data.train_defect_proportion, data.subset_size
-    return train, imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)
+    data, seed = run.cfg.data, run.cfg.seed
+    how = data.train_defect_proportion, seed, data.fraction, data.subset_size
+    return annotations(data.train_csv), _subset(data.train_csv, *how)
+
+
+@functools.lru_cache(maxsize=8)  # of a million rows each: the proportions that all methods share
+def _subset(train_csv, *how):
+    return imbalanced_indices(annotations(train_csv).defect, *how)
