@@ -22,7 +22,7 @@ def main():
         "plan": lambda: python("-m", "common.study", "plan"),
         "imports": lambda: python("-c", IMPORTS),
     }
-    found = medians(calls, repeats=5)
+    found = medians(calls, repeats=3)
     ours = max(found["plan"] - found["imports"], 0.01)
     emit("plan of 110 runs", ours, None, LIMIT, "s", imports=found["imports"])
 

@@ -14,6 +14,12 @@ def cost_key(run):
     return f"{frozen}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
 
 
+def data_key(run):
+    """Runs of one key, whatever their seeds, train on as many images an epoch."""
+    data = run.cfg.data
+    return data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
+
+
 class TimeLeft:
     """The time that the runs of a grid still take; counts each training set once."""
 
@@ -26,7 +32,8 @@ class TimeLeft:
         for run in self.runs:
             at = state(run)[0]
             if at == "finished":
-                of_finished.setdefault(cost_key(run), []).append(_measured(run))
+                rate, self._images[data_key(run)] = _measured(run)
+                of_finished.setdefault(cost_key(run), []).append(rate)
                 continue
             done[run], rate = (0, None) if at == "refused" else _logged(run)
             if rate:
@@ -48,9 +55,8 @@ class TimeLeft:
 
     def _count(self, run):
         """Training images of a run over its epochs; None while that cannot be told."""
-        data = run.cfg.data
-        key = (data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size)
-        if key not in self._images:  # the same for every seed
+        key = data_key(run)
+        if key not in self._images:  # of no finished run: the CSV has to be read
             try:
                 self._images[key] = len(training_subset(run)[1])
             except UserError:
@@ -59,10 +65,10 @@ class TimeLeft:
 
 
 def _measured(run):
-    """Seconds an image of a finished run, with its validations."""
+    """(seconds an image, with its validations; images an epoch) of a finished run."""
     result = read_json(run.folder / RESULT)
-    images = sum(result["train_rows"].values()) * result["epochs"]
-    return result["seconds"] / max(images, 1)
+    epoch = sum(result["train_rows"].values())
+    return result["seconds"] / max(epoch * result["epochs"], 1), epoch
 
 
 def _logged(run):
