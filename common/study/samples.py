@@ -4,10 +4,11 @@ import contextlib
 
 import numpy as np
 
-from common.annotations import NORMAL, read_annotations
+from common.annotations import NORMAL
 from common.running.errors import ImageError
 from common.store import open_images
 from common.study.figures import panels
+from common.study.grid import annotations
 
 
 def samples(data, rng_of):
@@ -16,7 +17,7 @@ def samples(data, rng_of):
     data: the data section of a config. rng_of: class number -> generator that chooses. A split
     without an image of the class, or an image that cannot be read, leaves a gap.
     """
-    splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
+    splits = [annotations(data.train_csv), annotations(data.val_csv)]
     names, images = ("normal", *splits[1].class_names), open_images(data.image_root, data.packed)
     names = [name for name in names if any(map(len, _of_class(splits, name)))]
     across = min(6, len(names))
