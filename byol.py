@@ -24,7 +24,7 @@ from common.annotations import check_disjoint, read_annotations
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
 from common.data import build_loaders
-from common.distributed import mixed_precision, to_device, wrap
+from common.distributed import compiles, mixed_precision, to_device, wrap
 from common.ema import ema_update
 from common.optim import build_optimizer, set_lr
 from common.probe import LinearProbe, pos_weight, settle_batchnorm
@@ -36,6 +36,7 @@ from common.running.schema import Count, NonNegativeInt, Proportion
 from common.sampler import EpochSampler, imbalanced_indices
 from common.schedules import cosine, warmup_cosine
 from common.scoring import Scoring
+from common.store import leave_out_unreadable, open_images
 
 # ============================== config ==============================
 
@@ -134,10 +135,12 @@ def main(argv=None):
     run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
     train, val = read_annotations(data.train_csv), read_annotations(data.val_csv)
     check_disjoint(train, val)
+    images = open_images(data.image_root, data.packed)
+    train, val = leave_out_unreadable(images, data.max_bad_images, train, val)
     rows = imbalanced_indices(
         train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
     )
-    run.describe_data(train, rows, val)
+    run.describe_data(train, rows, val, images.packed)
     sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
     aug = cfg.augmentation
     # --- end shared ---
@@ -146,9 +149,10 @@ def main(argv=None):
 
     # --- shared: data and backbone ---
     train_loader, val_loader = build_loaders(
-        data.image_root, train, sampler, crops, val, data.num_workers, run.device
+        images, train, sampler, crops, val, data.num_workers, run.device
     )
-    augment = ColorJitterNormalize(cfg.seed).to(run.device)
+    compiled = compiles(cfg.run.compile, run.device)
+    augment = ColorJitterNormalize(cfg.seed, compiled).to(run.device)
     backbone, feature_dim = build_backbone(
         cfg.backbone, data.image_size, cfg.patch_size, cfg.num_heads
     )

@@ -204,7 +204,8 @@ def measure(method, backbone, folder):
     script = importlib.import_module(method)
     config = ROOT / f"configs/{method}_{'r18' if backbone == 'resnet18' else 'vit_tiny'}.yaml"
     overrides = [f"data.{key}_csv={folder}/{key}.csv" for key in ("train", "val")]
-    overrides += ["data.train_defect_proportion=null", f"data.image_size={SIZE}"]
+    overrides += [f"data.image_root={folder}", "data.train_defect_proportion=null"]
+    overrides += [f"data.image_size={SIZE}"]
     overrides += ["data.num_workers=0", f"optimization.batch_size={BATCH}"]
     overrides += ["optimization.precision=fp32", f"run.output_dir={folder}"]
     overrides += [f"run.name={method}_{backbone}"]
@@ -233,7 +234,7 @@ def measure(method, backbone, folder):
 
     calls = {"lightly": peer_step(method, cfg, lambda: views, torch.device("cpu")), "bare": bare}
     things = {
-        (script, "ColorJitterNormalize"): lambda seed: FixedViews(views),
+        (script, "ColorJitterNormalize"): lambda *how: FixedViews(views),
         (script, "build_loaders"): lambda *how: (None, None),
         (script, "to_device"): placed,
     }

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import nn
 
 from common.running.keyed import JITTER_ORDER, MASK, VIEW, keyed_rng
@@ -24,14 +24,23 @@ ASPECT_RATIO = (3 / 4, 4 / 3)  # of a crop; torchvision's default, as the study
 BRIGHTNESS, CONTRAST, SATURATION, HUE, FLIP = range(5)  # columns of the factors
 
 
-def to_uint8(image):
-    """PIL RGB image -> (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def _array(image):
+    return image if isinstance(image, np.ndarray) else np.array(image)
+
+
+def resize(image, size):
+    """(H, W, 3) uint8 array or PIL RGB image -> (3, *size) uint8 tensor, bicubic, antialiased.
+
+    By torch, whose kernel for uint8 is faster than Pillow's; the two differ by rounding. It counts
+    in whole numbers, the same on every processor.
+    """
+    pixels = torch.from_numpy(_array(image)).permute(2, 0, 1)[None]  # channels_last: it likes that
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0]
 
 
 def resize_squash(image, size):
-    """PIL image -> (3, size, size) uint8, the whole image, bicubic: what is scored."""
-    return to_uint8(image.resize((size, size), Image.Resampling.BICUBIC))
+    """(H, W, 3) uint8 array or PIL image -> (3, size, size) uint8, all of it: what is scored."""
+    return resize(image, (size, size)).contiguous()
 
 
 def draw_crop(rng, width, height, min_scale):
@@ -65,40 +74,46 @@ class CropViews:
         self.noise_size = noise_size
 
     def __call__(self, image, epoch, row):
-        """PIL RGB image -> views (V, 3, S, S) uint8, factors (V, 5) and noise (V, L) float32."""
-        views, factors, noise = [], [], []
-        for view in range(self.num_views):
+        """(H, W, 3) uint8 array or PIL RGB image, epoch and row, which are the key of every draw.
+
+        Returns views (V, 3, S, S) uint8, factors (V, 5) and noise (V, L) float32.
+        """
+        image = _array(image)
+        size, many = self.image_size, self.num_views
+        views, factors = torch.empty((many, 3, size, size), dtype=torch.uint8), []
+        noise = np.zeros((many, self.noise_size), np.float32)
+        for view in range(many):
             rng = keyed_rng(VIEW, self.seed, epoch, row, view)
-            left, top, w, h = draw_crop(rng, *image.size, self.min_scale)
-            crop = image.crop((left, top, left + w, top + h))
-            views.append(resize_squash(crop, self.image_size))
+            height, width = image.shape[:2]
+            left, top, w, h = draw_crop(rng, width, height, self.min_scale)
+            views[view] = resize(image[top : top + h, left : left + w], (size, size))
             t = self.t_val
             colour = rng.uniform(1 - t, 1 + t, 3)
             hue = rng.uniform(-t / 2, t / 2)
             factors.append([*colour, hue, rng.random() < self.flip_prob])
-            rng = keyed_rng(MASK, self.seed, epoch, row, view)
-            noise.append(rng.random(self.noise_size, dtype=np.float32))
-        factors = torch.tensor(factors, dtype=torch.float32)
-        return torch.stack(views), factors, torch.from_numpy(np.stack(noise))
+            if self.noise_size:
+                rng = keyed_rng(MASK, self.seed, epoch, row, view)
+                rng.random(out=noise[view], dtype=np.float32)
+        return views, torch.tensor(factors, dtype=torch.float32), torch.from_numpy(noise)
 
 
-# The four operations as in torchvision.transforms.v2.functional, for a batch.
-# x: (B, 3, H, W) in 0 to 1; factor: (B, 1, 1, 1), a factor an image.
+# The four operations as in torchvision.transforms.v2.functional, for a batch, in few passes over
+# memory. x: (B, 3, H, W) in 0 to 1; factor: (B, 1, 1, 1), a factor an image.
 
 
 def _grey(x):
     """Luma (B, 1, H, W) by ITU-R 601-2, as torchvision."""
-    weights = x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (x * weights).sum(dim=1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def _blend(x, other, factor):
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
+    return (factor * x).add_((1 - factor) * other).clamp_(0, 1)
 
 
 def adjust_brightness(x, factor):
     """1: unchanged, 0: black."""
-    return (x * factor).clamp(0, 1)
+    return (x * factor).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
@@ -112,44 +127,57 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, shift):
-    """shift: of the hue circle, -0.5 to 0.5. RGB to HSV, shift, and back."""
-    r, g, b = x.unbind(dim=1)
-    highest, lowest = x.amax(dim=1), x.amin(dim=1)
+    """shift: of the hue circle, -0.5 to 0.5. RGB to HSV, shift, and back.
+
+    With h the hue in sixths of the circle and spread = max - min, which a shift leaves alone, HSV
+    to RGB is channel = min + spread * ramp(h), where the ramps are |h - 3| - 1 (red), 2 - |h - 2|
+    (green) and 2 - |h - 4| (blue), clamped to 0 and 1.
+    """
+    r, g, b = x.split(1, dim=1)
+    highest = torch.maximum(torch.maximum(r, g), b)
+    lowest = torch.minimum(torch.minimum(r, g), b)
     spread = highest - lowest
-    grey = spread == 0
-    safe = torch.where(grey, 1.0, spread)
-    saturation = spread / torch.where(grey, 1.0, highest)
-    to_red, to_green, to_blue = ((highest - c) / safe for c in (r, g, b))
-    is_red = highest == r
-    is_green = (highest == g) & ~is_red
-    hue = torch.where(
-        is_red,
-        to_blue - to_green,
-        torch.where(is_green, 2 + to_red - to_blue, 4 + to_green - to_red),
+    from_green = torch.where(
+        highest == g, (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4)
     )
-    hue = (hue / 6 + 1 + shift.flatten(1)[:, :, None]) % 1
-    # HSV to RGB: channel = v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6, n = 5, 3, 1
-    n = x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (n + 6 * hue[:, None]) % 6
-    ramp = torch.minimum(k, 4 - k).clamp(0, 1)
-    return highest[:, None] * (1 - saturation[:, None] * ramp)
+    h = torch.where(highest == r, g - b, from_green)
+    h = h.div_(spread.clamp_min(1e-12)).add_(6 * shift)  # where the spread is 0, h does not matter
+    h = h.sub_((h / 6).floor_(), alpha=6)
+    ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
+    return torch.cat([torch.addcmul(lowest, spread, ramp.clamp_(0, 1)) for ramp in ramps], dim=1)
+
+
+def to_float(images):
+    """uint8 -> float32 in 0 to 1."""
+    return images.float() / 255
+
+
+def flip_normalize(x, flip, mean, std):
+    """x: (B, 3, H, W) in 0 to 1; flip: (B, 1, 1, 1), whether to; mean, std: of the channels."""
+    return (torch.where(flip > 0, x.flip(-1), x) - mean) / std
 
 
 OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+AT_ONCE = 1 << 19  # values that a CPU works on at a time, so that they stay in its cache
 
 
 class ColorJitterNormalize(nn.Module):
     """What is left to do on the device: colour jitter, horizontal flip, normalisation."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, compiled=False):
+        """compiled: by torch.compile, each operation one kernel."""
         super().__init__()
         self.seed = seed
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        steps = to_float, *OPERATIONS, flip_normalize
+        if compiled:
+            steps = [torch.compile(step, dynamic=False) for step in steps]
+        self._to_float, *self._operations, self._flip_normalize = steps
 
     def clean(self, images):
         """images: (B, 3, S, S) uint8 -> normalised float32."""
-        return (images.float() / 255 - self.mean) / self.std
+        return (to_float(images) - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, views, factors, step):
@@ -157,13 +185,16 @@ class ColorJitterNormalize(nn.Module):
 
         step: of the whole run; the order of the colour operations is drawn from it.
         """
-        done = []
-        for view in range(views.shape[1]):
-            x = views[:, view].float() / 255
-            f = factors[:, view, :, None, None, None]  # (B, 5, 1, 1, 1)
+        batch, num_views, *shape = views.shape
+        some = batch if views.is_cuda else max(AT_ONCE // math.prod(shape), 1)
+        done = torch.empty((num_views, batch, *shape), device=views.device)
+        for view in range(num_views):
             order = keyed_rng(JITTER_ORDER, self.seed, step, view).permutation(len(OPERATIONS))
-            for operation in order:
-                x = OPERATIONS[operation](x, f[:, operation])
-            x = torch.where(f[:, FLIP] > 0, x.flip(-1), x)
-            done.append((x - self.mean) / self.std)
-        return torch.stack(done)
+            for first in range(0, batch, some):
+                at = slice(first, first + some)
+                f = factors[at, view, :, None, None, None]  # (some, 5, 1, 1, 1)
+                x = self._to_float(views[at, view])
+                for operation in order:
+                    x = self._operations[operation](x, f[:, operation])
+                done[view, at] = self._flip_normalize(x, f[:, FLIP], self.mean, self.std)
+        return done

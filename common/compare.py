@@ -18,7 +18,6 @@ import torch
 
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
-from common.images import open_image
 from common.metrics import METRICS, all_scores, without_values
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
@@ -27,6 +26,7 @@ from common.running.process import entry_point
 from common.running.progress import Progress
 from common.running.schema import path_argument, read_yaml
 from common.running.standing import read_result
+from common.store import leave_out_unreadable, open_images
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
@@ -59,22 +59,23 @@ def read_run(folder):
         return read_yaml(folder / "config.yaml"), result, dict(stored)
 
 
-def thumbnails(image_root, annotations, rows, label):
-    """(n, 3 x 16 x 16) float32 pixels in 0 to 1 of the given rows."""
-    root, progress = Path(image_root).resolve(), Progress(len(rows), label, "images")
+def thumbnails(images, annotations, rows, label):
+    """(n, 3 x 16 x 16) float32 pixels in 0 to 1 of the given rows. images: as of `open_images`."""
+    progress = Progress(len(rows), label, "images")
     pixels = torch.empty(len(rows), 3 * THUMBNAIL**2)
     for i, row in enumerate(rows):
-        image = open_image(str(root), annotations.name(row))
+        image = images.read(annotations.name(row), f" ({annotations.place(row)})")
         pixels[i] = resize_squash(image, THUMBNAIL).flatten() / 255
         progress.update()
     progress.close()
     return pixels
 
 
-def floors(config, folder, val):
+def floors(config, folder, val, images):
     """What must be beaten: calling everything a defect, and regression on thumbnails."""
-    data, root = config["data"], config["data"]["image_root"]
-    train, annotations = read_annotations(data["train_csv"]), read_annotations(data["val_csv"])
+    data = config["data"]
+    tables = read_annotations(data["train_csv"]), read_annotations(data["val_csv"])
+    train, annotations = leave_out_unreadable(images, data["max_bad_images"], *tables)
     subset = read_annotations(Path(folder) / "train_subset.csv")
     rows = np.flatnonzero(np.isin(train.filename, subset.filename))
     if len(rows) != len(subset) or not np.array_equal(annotations.filename, val["filename"]):
@@ -82,8 +83,8 @@ def floors(config, folder, val):
     how = val["label"], val["classes"], tuple(val["class_names"])
     on = fits(train.defect, rows, config["seed"])
     union = np.union1d(*(of for of, _ in on.values()))
-    pixels = thumbnails(root, train, union, "training thumbnails")
-    val_pixels = thumbnails(root, annotations, range(len(val["label"])), "validation thumbnails")
+    pixels = thumbnails(images, train, union, "training thumbnails")
+    val_pixels = thumbnails(images, annotations, range(len(val["label"])), "validation thumbnails")
     everything = np.ones(len(val["label"]))
     trivial = all_scores(everything, *how)
     scores, all_logits = [], []
@@ -101,10 +102,11 @@ def floors(config, folder, val):
 
 
 def collect(folders):
-    """Entries of the floors and of all runs, and the first run's config and validation arrays."""
+    """Entries of the floors and of all runs; the first run's validation arrays and its images."""
     runs = [(folder, *read_run(folder)) for folder in folders]
     first, config, _, val = runs[0]
-    entries = floors(config, first, val)
+    images = open_images(config["data"]["image_root"], config["data"].get("packed"))
+    entries = floors(config, first, val, images)
     for folder, _, result, arrays in runs:
         if not np.array_equal(arrays["filename"], val["filename"]):
             raise UserError(f"{folder} and {first} were scored on different validation sets")
@@ -114,7 +116,7 @@ def collect(folders):
         if np.isnan(logits).any():  # too few labels of its own
             logits = arrays.get("logit_offline_fixed", logits)
         entries.append(Entry(f"{name}, {result['backbone']}", *scores, logits))
-    return entries, config, val
+    return entries, val, images
 
 
 def table(entries, val):
@@ -129,14 +131,14 @@ def table(entries, val):
     return "\n".join(lines)
 
 
-def _show_images(axes, title, rows, logits, config, val):
+def _show_images(axes, title, rows, logits, val, images):
     """One strip of images; the frame says what each is: a defect or normal."""
-    root, names = Path(config["data"]["image_root"]).resolve(), val["class_names"]
+    names = val["class_names"]
     for axis in axes:
         axis.axis("off")
     for axis, row in zip(axes, rows, strict=False):
         axis.axis("on")
-        axis.imshow(open_image(str(root), val["filename"][row].decode()))
+        axis.imshow(images.read(val["filename"][row].decode()))
         defect = val["label"][row] == 1
         classes = " ".join(names[val["classes"][row]][:4])
         axis.set_xlabel(f"{logits[row]:+.1f}  {classes if defect else 'normal'}", fontsize=9)
@@ -146,7 +148,7 @@ def _show_images(axes, title, rows, logits, config, val):
     axes[0].set_title(title, loc="left", fontsize=11)
 
 
-def picture(entries, config, val, path, columns=8):
+def picture(entries, val, images, path, columns=8):
     """Bars of the scores, then images that the last run with scores ranks well and badly."""
     known = [entry for entry in entries if np.isfinite(entry.logits).all()]
     last, label = known[-1], val["label"]  # there always is one: all-defect
@@ -177,7 +179,7 @@ def picture(entries, config, val, path, columns=8):
     )
     for i, (title, rows) in enumerate(strips):
         axes = [figure.add_subplot(grid[i + 1, c]) for c in range(columns)]
-        _show_images(axes, title, rows, last.logits, config, val)
+        _show_images(axes, title, rows, last.logits, val, images)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -191,8 +193,8 @@ def main(argv=None):
     )
     parser.add_argument("--out", type=path_argument, default="compare.png", metavar="FILE.png")
     args = parser.parse_args(argv)
-    entries, config, val = collect(args.runs)
-    picture(entries, config, val, args.out)
+    entries, val, images = collect(args.runs)
+    picture(entries, val, images, args.out)
     print(table(entries, val))
     print(f"picture: {args.out}")
 

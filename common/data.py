@@ -1,8 +1,10 @@
-"""Datasets over image files, and the loaders of a run."""
+"""Datasets over images, and the loaders of a run."""
 
+import math
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import NamedTuple
 
@@ -11,15 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.augmentations import resize_squash
-from common.images import brightest, identify, open_image, read_image
-from common.running.errors import ImageError, UserError
-from common.running.keyed import FILE_CHECK, keyed_rng
+from common.running.errors import ImageError
 from common.running.progress import say
+from common.store import open_images
 
 LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an error, and
 SECONDS_AN_IMAGE = 2  # as much for each image of a batch on top, which honest work may take
-CHECKED_FILES = 64  # rows whose file is looked at before a run starts
-CHECKED_16_BIT = 8  # of these, images of 16 bits a channel that are decoded
 
 
 class Batch(NamedTuple):
@@ -39,13 +38,15 @@ class Batch(NamedTuple):
 class _Rows(Dataset):
     """Images of some rows of the annotations, one way or another."""
 
-    def __init__(self, image_root, annotations):
-        self.image_root = os.path.realpath(image_root)
-        self.annotations = annotations
+    def __init__(self, images, annotations):
+        """images: as `open_images` returns it, or the folder that they lie in."""
+        self.images = open_images(images) if isinstance(images, (str, os.PathLike)) else images
+        # Where workers are not forked each has a copy, and none needs the classes.
+        self.annotations = replace(annotations, classes=annotations.classes[:, :0].copy())
 
-    def read(self, row):
+    def read(self, row, check=True):
         where = f" ({self.annotations.place(row)})"
-        return open_image(self.image_root, self.annotations.name(row), where)
+        return self.images.read(self.annotations.name(row), where, check)
 
 
 class TrainImages(_Rows):
@@ -54,14 +55,17 @@ class TrainImages(_Rows):
     A worker that raises would bury the sentence under its own traceback.
     """
 
-    def __init__(self, image_root, annotations, crop_views):
-        super().__init__(image_root, annotations)
+    def __init__(self, images, annotations, crop_views):
+        super().__init__(images, annotations)
         self.crop_views = crop_views
+        self.first_epoch = None  # that this worker saw: in it files are looked at more closely
 
     def __getitem__(self, key):
         epoch, row = key
+        if self.first_epoch is None:
+            self.first_epoch = epoch
         try:
-            drawn = self.crop_views(self.read(row), epoch, row)
+            drawn = self.crop_views(self.read(row, epoch == self.first_epoch), epoch, row)
         except ImageError as error:
             return error
         return Batch(*drawn, self.annotations.defect[row], row)
@@ -70,8 +74,8 @@ class TrainImages(_Rows):
 class CleanImages(_Rows):
     """Position in `rows` -> (whole image (3, S, S) uint8, row), without augmentation."""
 
-    def __init__(self, image_root, annotations, rows, image_size):
-        super().__init__(image_root, annotations)
+    def __init__(self, images, annotations, rows, image_size):
+        super().__init__(images, annotations)
         self.rows, self.image_size = rows, image_size
 
     def __len__(self):
@@ -123,12 +127,12 @@ def batches(loader):
         yield batch
 
 
-def _loader(dataset, num_workers, pin_memory, images, **how):
+def make_loader(dataset, num_workers, pin_memory, images, collate_fn=_collate, **how):
     """images: of a batch."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate_fn,
         pin_memory=pin_memory,
         timeout=LOADER_TIMEOUT + SECONDS_AN_IMAGE * images if num_workers else 0,
         worker_init_fn=ignore_stop_signals,
@@ -137,54 +141,31 @@ def _loader(dataset, num_workers, pin_memory, images, **how):
     )
 
 
-def clean_loader(image_root, annotations, rows, image_size, batch_size, num_workers, pin_memory):
-    """Loader of (images (B, 3, S, S) uint8, rows (B,)) in the order of `rows`, each once."""
-    dataset = CleanImages(image_root, annotations, rows, image_size)
-    return _loader(dataset, num_workers, pin_memory, batch_size, batch_size=batch_size)
+def clean_loader(images, annotations, rows, image_size, batch_size, num_workers, pin_memory):
+    """Loader of (images (B, 3, S, S) uint8, rows (B,)) in the order of `rows`, each once.
 
-
-def _check_files(image_root, *tables):
-    """Look at some files of each (Annotations, rows), the same on all ranks, before a run starts.
-
-    Raises UserError where one is no image; warns where images of 16 bits are nearly black.
+    images: as `open_images` returns it, or the folder that they lie in.
     """
-    dark, looked_at, root = [], 0, os.path.realpath(image_root)
-    for annotations, rows in tables:
-        enough = looked_at + CHECKED_16_BIT
-        rng = keyed_rng(FILE_CHECK, len(rows))
-        for row in rng.choice(rows, min(CHECKED_FILES, len(rows)), replace=False):
-            name, look = annotations.name(row), looked_at < enough
-            how, where = brightest if look else identify, f" ({annotations.place(row)})"
-            try:
-                found = read_image(root, name, where, how)
-            except ImageError as error:
-                raise UserError(str(error)) from None
-            if look and found is not None:
-                looked_at += 1
-                dark += [name] * (found < 4096)
-    if dark:
-        say(
-            f"warning: {os.path.join(image_root, dark[0])} has 16 bits a pixel and uses the lowest "
-            f"12 or fewer, as do {len(dark)} of the {looked_at} looked into: nearly black, with 16 "
-            "grey levels where there were 4096. Multiply the values by 16 (a 12-bit camera) or "
-            "save the images with 8 bits"
-        )
+    dataset = CleanImages(images, annotations, rows, image_size)
+    return make_loader(dataset, num_workers, pin_memory, batch_size, batch_size=batch_size)
 
 
-def build_loaders(image_root, train, train_sampler, crop_views, val, num_workers, device):
+def build_loaders(images, train, train_sampler, crop_views, val, num_workers, device):
     """Training loader (yields Batch) and validation loader (clean images) of one rank.
 
-    train, val: Annotations. train_sampler: an EpochSampler. Every image of val is in exactly one
-    rank's share, without padding.
+    images: as `open_images` returns it, or the folder that they lie in. train, val: Annotations.
+    train_sampler: an EpochSampler. Every image of val is in exactly one rank's share, without
+    padding.
     """
     val_rows = np.arange(train_sampler.rank, len(val), train_sampler.world_size)
     pin_memory = device.type == "cuda"
-    if not os.path.isdir(image_root):
-        raise UserError(f"data.image_root: {image_root} is no folder")
-    _check_files(image_root, (train, train_sampler.rows), (val, np.arange(len(val))))
+    train_images = TrainImages(images, train, crop_views)
+    needed = crop_views.image_size / math.sqrt(crop_views.min_scale)
+    tables = (train, train_sampler.rows), (val, np.arange(len(val)))
+    train_images.images.check(needed, *tables)
     share = train_sampler.batch_size // train_sampler.world_size
-    train_loader = _loader(
-        TrainImages(image_root, train, crop_views),
+    train_loader = make_loader(
+        train_images,
         num_workers,
         pin_memory,
         share,
@@ -194,6 +175,6 @@ def build_loaders(image_root, train, train_sampler, crop_views, val, num_workers
     if num_workers:
         say(f"a batch that takes longer than {train_loader.timeout} s ends the run")
     val_loader = clean_loader(
-        image_root, val, val_rows, crop_views.image_size, share, num_workers, pin_memory
+        train_images.images, val, val_rows, crop_views.image_size, share, num_workers, pin_memory
     )
     return train_loader, val_loader

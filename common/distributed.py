@@ -117,6 +117,11 @@ def to_device(model, device, batch_size):
     return model
 
 
+def compiles(compile_model, device):
+    """run.compile, True, False or "auto" (on CUDA) -> whether to compile."""
+    return compile_model is True or (compile_model == "auto" and device.type == "cuda")
+
+
 def wrap(model, device, compile_model, deterministic):
     """Compile in place, then DistributedDataParallel where there are several ranks.
 
@@ -125,14 +130,10 @@ def wrap(model, device, compile_model, deterministic):
     deterministic: on CUDA, keep the gradients' places fixed, at some cost in speed; on CPU always.
     """
     trains = any(p.requires_grad for p in model.parameters())
-    if compile_model == "auto":
-        compile_model = device.type == "cuda"
-        if compile_model and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-            compile_model = False
-            say(
-                "run.compile: auto compiles nothing: the BatchNorm of several GPUs breaks the graph"
-            )
-    if compile_model:
+    syncs = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    if compile_model == "auto" and device.type == "cuda" and syncs:
+        say("run.compile: auto leaves the model: the BatchNorm of several GPUs breaks its graph")
+    elif compiles(compile_model, device):
         model.compile()
     if world_size() == 1 or not trains:
         return model

@@ -1,6 +1,7 @@
 """An image file, as people have them, as RGB pixels; one that cannot be used, as a sentence."""
 
 import contextlib
+import functools
 import io
 import os
 import stat
@@ -10,11 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from common.running.errors import ImageError
+from common.running.errors import ImageError, UserError
+from common.running.keyed import FILE_CHECK, keyed_rng
+from common.running.progress import say
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # only: for some others Pillow starts programs
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_IMAGE = 100_000_000  # pixels; a few bytes of PNG can ask for gigabytes of memory
+CHECKED_FILES = 64  # rows whose file is looked at before a run starts
+CHECKED_16_BIT = 8  # of these, images of 16 bits a channel that are decoded
 TURNS = {  # EXIF's orientation -> what puts the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,10 +69,10 @@ def identify(content):
     return image
 
 
-def _decode(content):
+def _decode(content, check=True):
     """The bytes of a file -> RGB image as its maker saw it: upright."""
     image = identify(content)
-    if image.format == "PNG":
+    if check and image.format == "PNG":
         image.verify()  # checksums of all chunks, which decoding alone does not look at
         image = identify(content)
     image.load()
@@ -130,14 +135,14 @@ def read_image(image_root, name, where, decode):
     raise ImageError(f"{os.path.join(image_root, name)}{where}: cannot be used: {why}")
 
 
-def open_image(image_root, name, where=""):
+def open_image(image_root, name, where="", check=True):
     """One file below image_root -> PIL RGB image, fully decoded, upright.
 
     image_root: a real path (no links). where: added to the error, such as the CSV and its line.
-    Raises ImageError naming the file. Damage of a PNG is always found; that of a JPEG only where
-    its decoder notices.
+    check: whether the checksums of a PNG are looked at; without, as in a JPEG, only such damage is
+    found as the decoder notices. Raises ImageError naming the file.
     """
-    return read_image(image_root, name, where, _decode)
+    return read_image(image_root, name, where, functools.partial(_decode, check=check))
 
 
 def brightest(content):
@@ -148,3 +153,49 @@ def brightest(content):
     if ";16" not in str(image.tile) or image.format == "BMP":  # whose 16 bits are a pixel's
         return None
     return int(np.asarray(image.convert("RGB")).max()) << 8  # Pillow keeps the upper 8 bits
+
+
+class ImageFolder:
+    """Where a run's images come from: the files below a folder."""
+
+    packed = None  # what a packed store holds instead
+
+    def __init__(self, image_root):
+        if not os.path.isdir(image_root):
+            raise UserError(f"data.image_root: {image_root} is no folder")
+        self.path, self._root = image_root, os.path.realpath(image_root)
+
+    def read(self, name, where="", check=True):
+        """One image -> (H, W, 3) uint8 array; see `open_image`."""
+        return np.array(open_image(self._root, name, where, check))
+
+    def unreadable(self, annotations):
+        """(N,) bool: rows whose image is known to be unreadable. Of files that is not known."""
+        return np.zeros(len(annotations), bool)
+
+    def check(self, needed, *tables):
+        """Look at some files of each (Annotations, rows), the same on all ranks, before a run.
+
+        Raises UserError where one is no image; warns where images of 16 bits are nearly black.
+        """
+        dark, looked_at = [], 0
+        for annotations, rows in tables:
+            enough = looked_at + CHECKED_16_BIT
+            rng = keyed_rng(FILE_CHECK, len(rows))
+            for row in rng.choice(rows, min(CHECKED_FILES, len(rows)), replace=False):
+                name, look = annotations.name(row), looked_at < enough
+                how, where = brightest if look else identify, f" ({annotations.place(row)})"
+                try:
+                    found = read_image(self._root, name, where, how)
+                except ImageError as error:
+                    raise UserError(str(error)) from None
+                if look and found is not None:
+                    looked_at += 1
+                    dark += [name] * (found < 4096)
+        if dark:
+            say(
+                f"warning: {os.path.join(self.path, dark[0])} has 16 bits a pixel and uses the "
+                f"lowest 12 or fewer, as do {len(dark)} of the {looked_at} looked into: nearly "
+                "black, with 16 grey levels where there were 4096. Multiply the values by 16 (a "
+                "12-bit camera) or save the images with 8 bits"
+            )

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import re
+from itertools import islice
 
 import numpy as np
 
@@ -10,16 +11,17 @@ from common.running.errors import CONTROL, UserError
 
 NOT_CLASSES = ("Filename", "Defect", "WaterLevel", "VA", "ND", "")
 DEFECT, NORMAL, UNLABELLED = 1, 0, -1
+WRONG = 2  # code of a cell that is none of these
 
 _DELIMITERS = ",;\t"
 _CODES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "": UNLABELLED}
-_WRONG = 2  # code of a cell that is none of these
-_ROWS_AT_ONCE = 65536
+_BYTES_AT_ONCE = 1 << 20  # of a plain file
+_ROWS_AT_ONCE = 65536  # of any other
 _LONGEST_NAME = 1024  # bytes
 _SHOWN = 5  # rows in a message
 _NOT_NORMAL = re.compile(r"\\|//|(^|/)\.(/|$)|/$")  # in a name that another one may be the same as
-# In names between line breaks: what needs a closer look, which takes ten times as long.
-_SUSPECT = re.compile(r"[\\:\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]|\.[./]|/[/.\n]|\n[/.\n]")
+_SUSPECT = bytes(range(1, 32)) + b"\\:\x7f\xc2\xe2"  # bytes: a name with one is looked at closely
+_KINDS = bytes.maketrans(_SUSPECT + b"/", b"\1" * len(_SUSPECT) + b".")
 
 
 def refuse(path, problems, count=None):
@@ -67,19 +69,6 @@ def _check_header(path, header):
             raise UserError(f"{path}: column '{name}' is missing (columns: {columns}){hint}")
 
 
-def _codes(cells):
-    """Cells of _CODES, in any case and between blanks -> int8 codes; any other cell gives 2."""
-    text = "\n".join(cells)
-    for _ in range(2):  # the quick and usual way: every cell is one digit, or becomes one
-        if len(text) == 2 * len(cells) - 1 and not text[1::2].strip("\n"):
-            if not text[::2].strip("01"):
-                return np.frombuffer(text[::2].encode(), np.int8) - ord("0")
-        text = text.lower().replace("1.0", "1").replace("0.0", "0")
-        text = text.replace("true", "1").replace("false", "0")  # last: true.0 is no value
-    codes = {cell: _CODES.get(cell.strip().lower(), _WRONG) for cell in set(cells)}
-    return np.fromiter(map(codes.__getitem__, cells), np.int8, len(cells))
-
-
 def normal_name(name):
     """A file name in the one form in which it is compared and opened: a/b.png for .\\a//b.png.
 
@@ -101,82 +90,128 @@ def normal_name(name):
     return name
 
 
-def _normal_names(names, lines):
+def _chunk(path, header, names, lines, cells):
+    """N rows: (lines, file names, codes (N, 1 + C) of Defect and `names`, C lists of wrong cells).
+
+    cells: (text, start, end): the cell of row i and column c is text[start[i, c]:end[i, c]].
+    Whether a column is a class is known when all rows are: so its first wrong cells are kept.
+    """
+    filename, bad = _names(cells, header.index("Filename"), lines)
+    columns = [header.index(name) for name in ("Defect", *names)]
+    codes = _codes(cells, columns)
+
+    def wrong(c, allowed, most=None):
+        where = np.flatnonzero(codes[:, c] == WRONG)[:most]
+        found = zip(lines[where], _texts(cells, columns[c], where), strict=True)
+        return [(n, f"{header[columns[c]]} is {x[:40]!r}, expected {allowed}") for n, x in found]
+
+    if bad := bad + wrong(0, "0, 1 or empty (not labelled)"):
+        refuse(path, bad)
+    codes[(codes == UNLABELLED) & (codes[:, :1] != UNLABELLED)] = WRONG
+    return lines, filename, codes, [wrong(c, "0 or 1", _SHOWN) for c in range(1, len(columns))]
+
+
+def _texts(cells, column, rows):
+    text, start, end = cells
+    places = zip(start[rows, column].tolist(), end[rows, column].tolist(), strict=True)
+    return [text[a:b].decode() for a, b in places]
+
+
+def _codes(cells, columns):
+    """(N, len(columns)) int8 codes of cells of _CODES, in any case and between blanks; else 2."""
+    text, start, end = cells
+    codes = np.frombuffer(text + b"\0", np.uint8)[start] - ord("0")  # right where it is one digit
+    codes = np.minimum(codes, WRONG).view(np.int8)
+    codes[end - start > 1] = WRONG
+    codes[end == start] = UNLABELLED
+    codes = codes[:, columns]
+    for c in np.flatnonzero((codes == WRONG).any(axis=0)):
+        rows = np.flatnonzero(codes[:, c] == WRONG)
+        found = _texts(cells, columns[c], rows)
+        known = {cell: _CODES.get(cell.strip().lower(), WRONG) for cell in set(found)}
+        codes[rows, c] = [known[cell] for cell in found]
+    return codes
+
+
+def _names(cells, column, lines):
     """(file names as UTF-8 bytes, [(line, why)] of those that are refused)."""
-    text = "\n{}\n".format("\n".join(names))
-    plain = text.count("\n") == len(names) + 1 and not _SUSPECT.search(text)
-    if plain and len(max(names, key=len)) * 4 <= _LONGEST_NAME:
-        return [name.encode() for name in names], []
+    text, start, end = cells
+    start, length = start[:, column], end[:, column] - start[:, column]
+    width = length.max()
+    if length.min() and width <= _LONGEST_NAME and b"\0" not in text:
+        names = np.ndarray(len(text), f"S{width}", text + bytes(width), strides=1)[start]
+        names.view(np.uint8).reshape(-1, width)[np.arange(width) >= length[:, None]] = 0
+        kinds = (b"\0" + names.astype(f"S{width + 1}").tobytes()).translate(_KINDS)
+        if not any(kind in kinds for kind in (b"\1", b"..", b".\0", b"\0.")):
+            return names, []
     normal, refused = [], []
-    for line, name in zip(lines, names, strict=True):
+    for line, name in zip(lines, _texts(cells, column, slice(None)), strict=True):
         try:
             normal.append(normal_name(name).encode())
         except ValueError as why:
             refused.append((line, str(why)))
-    return normal, refused
+    return np.array(normal), refused
 
 
-class _Chunk:
-    """Some rows of a file as arrays, with what is wrong with them.
-
-    Whether a column is a class is known when all chunks are: until then its cells are counted.
-    """
-
-    def __init__(self, path, header, names, rows, lines):
-        """names: those columns of the header that may be classes."""
-        self.lines = np.array(lines, np.int32)
-        uneven = [
-            (n, len(row)) for n, row in zip(lines, rows, strict=True) if len(row) != len(header)
-        ]
-        if uneven:
-            text = f"cells, the header has {len(header)}"
-            refuse(path, [(line, f"{cells} {text}") for line, cells in uneven])
-        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-        filenames, bad = _normal_names(columns["Filename"], lines)
-        self.defect = _codes(columns["Defect"])
-        where = np.flatnonzero(self.defect == _WRONG)
-        bad += self._told("Defect", columns, where, "0, 1 or empty (not labelled)")
-        if bad:
-            refuse(path, bad)
-        self.filename = np.array(filenames)
-        labelled = self.defect != UNLABELLED
-        self.labelled = int(labelled.sum())
-        self.classes = np.empty((len(rows), len(names)), bool)
-        self.values = np.empty(len(names), np.int64)  # (C,) labelled cells that are 0 or 1
-        self.wrong = []  # C times: the first few wrong cells, and how many there are
-        for c, name in enumerate(names):
-            codes = _codes(columns[name])
-            self.classes[:, c] = (codes == DEFECT) & labelled
-            self.values[c] = (labelled & (codes <= 1) & (codes >= 0)).sum()
-            where = np.flatnonzero((codes == _WRONG) | ((codes == UNLABELLED) & labelled))
-            self.wrong.append((self._told(name, columns, where[:_SHOWN], "0 or 1"), len(where)))
-
-    def _told(self, name, columns, where, allowed):
-        return [
-            (int(self.lines[i]), f"{name} is {columns[name][i][:40]!r}, expected {allowed}")
-            for i in where
-        ]
+def _plain_rows(path, delimiter, columns):
+    """Yield (lines, cells) of a file in which every line is a row; ValueError where it may not."""
+    with open(path, "rb") as file:
+        done = 0
+        while block := file.read(_BYTES_AT_ONCE) + file.readline():
+            text = block.replace(b"\r\n", b"\n").removesuffix(b"\n") + b"\n"
+            text.decode()  # raises where it is no UTF-8
+            data = np.frombuffer(text, np.uint8)
+            end = np.flatnonzero((data == ord("\n")) | (data == ord(delimiter)))
+            breaks = np.flatnonzero(data[end] == ord("\n"))
+            even = np.array_equal(breaks, np.arange(columns - 1, len(end), columns))
+            if not even or b'"' in text or b"\r" in text:
+                raise ValueError("csv.reader has to look at it")
+            lines, start = (
+                np.arange(done, done + len(breaks), dtype=np.int32) + 1,
+                np.append(0, end[:-1] + 1),
+            )
+            rows = slice(done == 0, None)  # without the header
+            yield lines[rows], (text, *(x.reshape(-1, columns)[rows] for x in (start, end)))
+            done += len(breaks)
 
 
-def read_chunks(path):
-    """(header, those of its columns that may be classes, the file's rows as a list of _Chunk)."""
-    chunks, rows, lines = [], [], []
+def _csv_rows(path, delimiter, columns):
+    """Yield (lines, cells) of any file."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        delimiter, header = _read_header(path, file)
-        _check_header(path, header)
-        names = tuple(name for name in header if name not in NOT_CLASSES)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             next(reader)
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    lines.append(reader.line_num)
-                if len(rows) == _ROWS_AT_ONCE:
-                    chunks.append(_Chunk(path, header, names, rows, lines))
-                    rows, lines = [], []
+            numbered = ((reader.line_num, row) for row in reader if row)
+            while rows := list(islice(numbered, _ROWS_AT_ONCE)):
+                if uneven := [(line, len(row)) for line, row in rows if len(row) != columns]:
+                    text = f"cells, the header has {columns}"
+                    refuse(path, [(line, f"{cells} {text}") for line, cells in uneven])
+                lines = np.array([line for line, _ in rows], np.int32)
+                cells = [cell for _, row in rows for cell in row]
+                text = "".join(cells).encode()
+                lengths = map(len, cells if text.isascii() else map(str.encode, cells))
+                length = np.fromiter(lengths, np.int64, len(cells)).reshape(-1, columns)
+                end = length.cumsum().reshape(-1, columns)
+                yield lines, (text, end - length, end)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    if rows:
-        chunks.append(_Chunk(path, header, names, rows, lines))
-    return header, names, chunks
+
+
+def read_table(path):
+    """(header, those C of its columns that may be classes, and what _chunk gives, of all rows).
+
+    The wrong cells stay one list of C lists a chunk.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        delimiter, header = _read_header(path, file)
+    _check_header(path, header)
+    names = tuple(name for name in header if name not in NOT_CLASSES)
+    how = path, delimiter, len(header)
+    try:
+        chunks = [_chunk(path, header, names, *rows) for rows in _plain_rows(*how) if len(rows[0])]
+    except (ValueError, UserError):  # what is wrong is told by csv.reader's rows
+        chunks = [_chunk(path, header, names, *rows) for rows in _csv_rows(*how)]
+    if not chunks:
+        raise UserError(f"{path}: there is a header, but no row")
+    *arrays, wrong = zip(*chunks, strict=True)
+    return header, names, *map(np.concatenate, arrays), wrong

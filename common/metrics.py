@@ -10,6 +10,7 @@ Deviation: F2_CIW: the study's cannot see a false alarm; f2_ciw_strict, which ca
 import numpy as np
 
 from common.annotations import CLASS_IMPORTANCE
+from common.ranking import Ranking
 from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
@@ -27,46 +28,6 @@ METRICS = {  # scores that are shown, key: name in print
 
 def _ratio(numerator, denominator):
     return float(numerator / denominator) if denominator > 0 else None
-
-
-def _labelled(logits, labels):
-    """Logits and 0/1 labels of the labelled rows, as float64 and bool arrays."""
-    logits, labels = np.asarray(logits, np.float64).reshape(-1), np.asarray(labels).reshape(-1)
-    if logits.shape != labels.shape:
-        raise ValueError(f"{len(logits)} logits, but {len(labels)} labels")
-    keep = labels != -1
-    logits, labels = logits[keep], labels[keep]
-    if not np.isfinite(logits).all():
-        raise UserError(f"{(~np.isfinite(logits)).sum()} logits are not finite: nothing is scored")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError("labels must be 1, 0 or -1")
-    return logits, labels == 1
-
-
-def _curve(logits, is_defect):
-    """Counts (tp, fp) of calling `logit >= t` a defect, for each distinct t, the highest first."""
-    order = np.argsort(-logits, kind="stable")
-    thresholds, hits = logits[order], is_defect[order]
-    last = np.flatnonzero(np.append(thresholds[1:] != thresholds[:-1], True))
-    tp = np.cumsum(hits, dtype=np.int64)[last]
-    return tp, last + 1 - tp, thresholds[last]
-
-
-def average_precision(tp, fp, w_defect, w_normal):
-    """Sum of precision times the step in recall (as scikit-learn), with a weight a class.
-
-    tp, fp: (T,) counts down to each threshold, the highest first.
-    """
-    called = tp * w_defect + fp * w_normal
-    precision = tp * w_defect / np.maximum(called, np.finfo(float).tiny)
-    steps = np.diff(tp, prepend=0) / tp[-1]
-    return float((precision * steps).sum())
-
-
-def area_under_roc(tp, fp):
-    """Area under the steps of (fp, tp), ties counted half: exact in int64. tp, fp: (T,) counts."""
-    area2 = (np.diff(fp, prepend=0) * (tp + np.append(0, tp[:-1]))).sum()
-    return float(area2 / (2 * tp[-1] * fp[-1]))
 
 
 def count_scores(tp, fn, fp, tn):
@@ -106,30 +67,38 @@ def binary_scores(logits, labels, prevalence=None):
     average_precision; threshold, the logit at which F1 is highest, and f1_best, that F1; n and
     n_defect, the rows behind it; undefined, {score: reason} for those that are None.
     """
-    logits, is_defect = _labelled(logits, labels)
-    n, n_defect = len(logits), int(is_defect.sum())
-    n_normal = n - n_defect
-    called = logits >= THRESHOLD
-    tp, fp = int((called & is_defect).sum()), int((called & ~is_defect).sum())
-    w_defect = w_normal = 1.0
-    if prevalence is not None:
-        if not 0 < prevalence < 1:
-            raise UserError(f"a prevalence lies between 0 and 1, got {prevalence}")
-        w_defect = prevalence / max(n_defect, 1)
-        w_normal = (1 - prevalence) / max(n_normal, 1)
-    counts = np.array([tp, n_defect - tp]) * w_defect, np.array([fp, n_normal - fp]) * w_normal
-    scores = count_scores(*counts[0], *counts[1])
+    no_classes = np.zeros((np.asarray(labels).size, 0))
+    return _binary_scores(Ranking(logits, labels, no_classes, THRESHOLD).count(), prevalence)
+
+
+def _weights(counts, prevalence):
+    """What a defect and a normal count at a prevalence."""
+    if prevalence is None:
+        return 1.0, 1.0
+    if not 0 < prevalence < 1:
+        raise UserError(f"a prevalence lies between 0 and 1, got {prevalence}")
+    return prevalence / max(counts.n_defect, 1), (1 - prevalence) / max(counts.n_normal, 1)
+
+
+def _binary_scores(counts, prevalence):
+    n_defect, n_normal, tp, fp = counts.n_defect, counts.n_normal, counts.tp, counts.fp
+    w_defect, w_normal = _weights(counts, prevalence)
+    scores = count_scores(
+        tp * w_defect, (n_defect - tp) * w_defect, fp * w_normal, (n_normal - fp) * w_normal
+    )
     scores |= dict.fromkeys(("auroc", "average_precision", "threshold", "f1_best"))
     undefined = {} if scores["precision"] is not None else {"precision": "nothing called a defect"}
     if n_defect:
-        tps, fps, thresholds = _curve(logits, is_defect)
         if prevalence is None or n_normal:
-            f1 = 2 * tps * w_defect / ((tps + n_defect) * w_defect + fps * w_normal)
+            called = counts.fps * (w_normal / w_defect) + counts.tps  # in units of a defect
+            # The sum of precision times the step in recall, as scikit-learn.
+            of_steps = (counts.tps * counts.steps / called).sum()
+            scores["average_precision"] = float(of_steps / n_defect)
+            f1 = 2 * counts.tps / (called + n_defect)
             best = int(f1.argmax())
-            scores["average_precision"] = average_precision(tps, fps, w_defect, w_normal)
-            scores["threshold"], scores["f1_best"] = float(thresholds[best]), float(f1[best])
+            scores["threshold"], scores["f1_best"] = float(counts.threshold[best]), float(f1[best])
         if n_normal:
-            scores["auroc"] = area_under_roc(tps, fps)
+            scores["auroc"] = counts.pairs / (2 * n_defect * n_normal)
     needs_defects = ("recall", "f1", "f2", "average_precision", "threshold", "f1_best", "auroc")
     needs_normals = ("f1_normal", "auroc")
     if prevalence is not None:  # a missing group has no rate that could be mixed in
@@ -141,7 +110,7 @@ def binary_scores(logits, labels, prevalence=None):
         if not count:
             for name in names:
                 scores[name], undefined[name] = None, f"0 {group}"
-    return scores | {"n": n, "n_defect": n_defect, "undefined": undefined}
+    return scores | {"n": n_defect + n_normal, "n_defect": n_defect, "undefined": undefined}
 
 
 def f2_ciw(predicted, classes, class_names):
@@ -184,17 +153,24 @@ def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None)
 
 def all_scores(logits, labels, classes, class_names, prevalence=None):
     """binary_scores, f2_ciw and f2_ciw_strict in one dict. classes: (N, C)."""
-    scores = binary_scores(logits, labels, prevalence)
-    labels = np.asarray(labels).reshape(-1)
-    predicted, classes = np.asarray(logits).reshape(-1) >= THRESHOLD, np.asarray(classes)
-    scores["f2_ciw"] = f2_ciw(predicted[labels == 1], classes[labels == 1], class_names)
-    scores["f2_ciw_strict"] = f2_ciw_strict(predicted, classes, class_names, labels, prevalence)
+    counts = Ranking(logits, labels, classes, THRESHOLD).count()
+    return scores_of(counts, class_names, prevalence)
+
+
+def scores_of(counts, class_names, prevalence=None):
+    """The same of Counts."""
+    scores = _binary_scores(counts, prevalence)
     undefined = scores.pop("undefined")
-    if scores["n_defect"] == 0:
-        scores["f2_ciw"] = scores["f2_ciw_strict"] = None
-    for name in ("f2_ciw", "f2_ciw_strict"):
-        if scores[name] is None:
-            undefined[name] = "no class columns" if not len(class_names) else undefined["auroc"]
+    w_defect, w_normal = _weights(counts, prevalence)
+    tp, fn = counts.hits * w_defect, (counts.images - counts.hits) * w_defect
+    for name, fp in (("f2_ciw", 0), ("f2_ciw_strict", counts.fp * w_normal)):
+        needs_normals = name == "f2_ciw_strict" and prevalence is not None
+        if not len(class_names):
+            scores[name], undefined[name] = None, "no class columns"
+        elif not counts.n_defect or needs_normals and not counts.n_normal:
+            scores[name], undefined[name] = None, undefined["auroc"]
+        else:
+            scores[name] = ciw_f2(tp, fn, fp, class_names)
     return scores | {"undefined": undefined}
 
 

@@ -93,17 +93,22 @@ class EpochSampler:
         self.steps_per_epoch = len(self.rows) // batch_size
         self.start(0)
 
-    def start(self, epoch, first_step=0):
-        """Let the next iteration be that of `epoch`, from its step `first_step` on."""
+    def start(self, epoch, first_step=0, end=None):
+        """Let the next iteration be that of `epoch`, from its step `first_step` on.
+
+        end: the epoch before which to stop; None: after this one.
+        """
         self.epoch, self.first_step = epoch, first_step
+        self.end = epoch + 1 if end is None else end
 
     def __len__(self):
-        return self.steps_per_epoch - self.first_step
+        return self.steps_per_epoch * (self.end - self.epoch) - self.first_step
 
     def __iter__(self):
-        order = keyed_rng(ORDER, self.seed, self.epoch).permutation(len(self.rows))
-        share = self.batch_size // self.world_size
-        for step in range(self.first_step, self.steps_per_epoch):
-            first = step * self.batch_size + self.rank * share
-            batch = self.rows[order[first : first + share]]
-            yield [(self.epoch, row) for row in batch.tolist()]
+        share, first_step = self.batch_size // self.world_size, self.first_step
+        for epoch in range(self.epoch, self.end):
+            order = keyed_rng(ORDER, self.seed, epoch).permutation(len(self.rows))
+            for step in range(first_step, self.steps_per_epoch):
+                first = step * self.batch_size + self.rank * share
+                yield [(epoch, row) for row in self.rows[order[first : first + share]].tolist()]
+            first_step = 0

@@ -112,7 +112,7 @@ class Scoring:
         """(rows, clean features (n, D)) of sorted training rows, in their order."""
         loader, images = self.val_loader, self.val_loader.dataset
         loader = clean_loader(
-            images.image_root,
+            images.images,
             self.train,
             rows[self.rank :: self.world_size],
             images.image_size,

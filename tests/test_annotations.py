@@ -1,4 +1,5 @@
 import csv
+import random
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def test_names_of_any_length_stay_whole_over_chunks(tmp_path, monkeypatch):
         ("Filename,RB,Defect\na,0.5,1\n", ["a.csv:2", "RB", "'0.5'"]),
         ("Filename,Defect\na,1\nb\n", ["a.csv:3", "1 cells", "2"]),
         ("Filename,Defect\na,1,0\n", ["a.csv:2", "3 cells"]),
+        ("Filename,Defect\na\n1,1,0\n", ["a.csv:2", "1 cells", "a.csv:3", "3 cells"]),
         ("Filename,Defect\na,1\nb,0\na,0\n", ["a.csv:4", "'a'", "more than once"]),
         ("Filename,Defect\n../a,1\n", ["a.csv:2", "outside"]),
         ("Filename,Defect\na/../../b,1\n", ["outside"]),
@@ -75,6 +77,7 @@ def test_names_of_any_length_stay_whole_over_chunks(tmp_path, monkeypatch):
         ('Filename,Defect\n"a\nb",1\n', ["a.csv:3", r"'a\nb'", "line break"]),
         ("Filename,Defect\na\tb,1\n", ["a.csv:2", "control character"]),
         ("Filename,Defect\na\x7f,1\n", ["a.csv:2", "control character"]),
+        ("Filename,Defect\na\0b,1\n", ["a.csv:2"]),
         ("Filename,Defect\na\x85,1\n", ["a.csv:2", "control character"]),
         ("Filename,Defect\na\u2028,1\n", ["a.csv:2", "control character"]),
         ("Filename,Defect,R\x07B\na,1,1\n", [r"column 'R\x07B'", "control character"]),
@@ -92,6 +95,9 @@ def test_a_bad_table_is_refused_by_line_and_column(tmp_path, text, words):
 def test_other_encodings_and_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match="UTF-8"):
         read(tmp_path, "Filename,Defect\nä,1\n", encoding="utf-16")
+    rows = "".join(f"{i},1\n" for i in range(9999))
+    with pytest.raises(UserError, match="UTF-8"):
+        read(tmp_path, f"Filename,Defect\n{rows}ä,1\n", encoding="latin-1")
     with pytest.raises(UserError, match="none.csv"):
         read_annotations(tmp_path / "none.csv")
 
@@ -134,6 +140,69 @@ def test_delimiters_are_told_apart_by_the_header(tmp_path, delimiter):
     assert a.class_names == ("RB",) and a.defect.tolist() == [1, 0]
     b = read(tmp_path, f"Filename{delimiter} Defect\r\na{delimiter} 1\r\n")
     assert b.defect.tolist() == [1]
+
+
+NAMES = ("{}.png", "b/{}", "ü{}", "x y{}", "漢{}", "d\\e{}", "./f{}", "\u00b0{}", "g{}.")
+BAD_NAMES = ("../{}", "/{}", "", "a\x85{}", "a\u2028{}", "C:{}", "same", "x\0{}", "h" * 1020 + "{}")
+CELLS = ("0", "1", "0.0", "1.0", "True", "false", " 1", "", "x", "2", "10:30", "\xa01", "é")
+
+
+def random_table(rng):
+    """Bytes of a table of any layout; some hold quotes, blank lines or something wrong."""
+    delimiter = rng.choice(",;\t")
+    breaks = rng.choice([["\n"], ["\r\n"], ["\r"], ["\n", "\r\n", "\r"]])
+    odd, quoted = rng.choice([0, 0, 0.1]), rng.choice([0, 0, 0, 0.2])
+    header = ["Filename", "Defect", *rng.sample(["RB", "WaterLevel", "Date", "X", ""], 3)]
+    rng.shuffle(header)
+    kinds = {name: rng.choice([2, 2, 6, 13]) for name in header} | {"Defect": rng.choice([2, 8])}
+    lines = [header]
+    for i in range(rng.choice([0, 1, 2, 30])):
+        cells = {name: rng.choice(CELLS[: kinds[name]]) for name in header}
+        cells["Filename"] = rng.choice(BAD_NAMES if rng.random() < odd / 9 else NAMES).format(i)
+        cells["Defect"] = rng.choice(CELLS[: 13 if rng.random() < odd / 9 else kinds["Defect"]])
+        if rng.random() < odd:
+            cells = dict.fromkeys(header, "") | {"Filename": cells["Filename"]}  # not labelled
+        lines.append([f'"{x}"' if rng.random() < quoted else x for x in cells.values()])
+        lines += [[]] * (rng.random() < odd / 9) + [["x"], ["1"] * 9] * (rng.random() < odd / 20)
+    text = "".join(delimiter.join(cells) + rng.choice(breaks) for cells in lines)
+    text = rng.choice(["", "\ufeff"]) + rng.choice([text, text.rstrip()])
+    return text.encode()
+
+
+def found(path):
+    try:
+        a = read_annotations(path)
+    except UserError as error:
+        return str(error)
+    return a.sha256(), a.filename.dtype, a.line.tolist(), a.class_names, a.ignored
+
+
+def test_bytes_and_csv_reader_give_the_same_tables_and_messages(tmp_path, monkeypatch):
+    def not_plain(*how):
+        raise ValueError
+
+    rng, path, answers = random.Random(0), tmp_path / "a.csv", []
+    for _ in range(500):
+        path.write_bytes(random_table(rng))
+        monkeypatch.setattr("common.label_table._BYTES_AT_ONCE", rng.choice([1, 50, 1 << 20]))
+        monkeypatch.setattr("common.label_table._ROWS_AT_ONCE", rng.choice([3, 65536]))
+        answers.append(found(path))
+        with monkeypatch.context() as patch:
+            patch.setattr("common.label_table._plain_rows", not_plain)
+            assert answers[-1] == found(path), path.read_bytes()
+    assert 100 < sum(isinstance(answer, str) for answer in answers) < 400
+
+
+@pytest.mark.parametrize("size", [1, 20, 1 << 20])
+def test_a_plain_file_needs_no_csv_reader(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("common.label_table._BYTES_AT_ONCE", size)
+    monkeypatch.setattr("common.label_table._csv_rows", None)
+    a = read(
+        tmp_path, "\ufeffRB,Filename,Defect,Date\r\n1,a/b.png,1.0,x y\r\n,./ü.png,,\r\n0,c,0,1"
+    )
+    assert [a.name(i) for i in range(3)] == ["a/b.png", "ü.png", "c"]
+    assert a.defect.tolist() == [1, -1, 0] and a.line.tolist() == [2, 3, 4]
+    assert a.class_names == ("RB",) and a.classes.tolist() == [[True], [False], [False]]
 
 
 def mostly(values, other, n=40):

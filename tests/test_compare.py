@@ -23,7 +23,7 @@ def runs(tmp_path_factory, tiny_set):
 
 
 def test_the_table_has_the_floors_and_every_run(runs):
-    entries, _, val = collect(runs)
+    entries, val, _ = collect(runs)
     names = [entry.name for entry in entries]
     assert names[:2] == ["all-defect", "16x16 thumbnails"]
     assert names[2:] == ["random encoder, resnet18", "simclr, resnet18"]

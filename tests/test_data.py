@@ -7,6 +7,7 @@ from PIL import Image
 from common.annotations import read_annotations
 from common.augmentations import CropViews
 from common.data import batches, build_loaders, clean_loader
+from common.images import ImageFolder
 from common.running.errors import ImageError, UserError
 from common.sampler import EpochSampler
 
@@ -105,3 +106,16 @@ def test_sixteen_bits_of_which_twelve_are_used_are_told_once(small, capfd):
     said = capfd.readouterr().err
     assert said.count("warning") == 1 and "val_00" in said and "8 of the 16 looked into" in said
     assert "Multiply the values by 16" in said
+
+
+def test_checksums_of_files_are_looked_at_in_the_first_epoch_of_a_start(small, monkeypatch):
+    loader, _ = loaders(small, 0)
+    checked = []
+    monkeypatch.setattr(
+        ImageFolder,
+        "read",
+        lambda self, *a, f=ImageFolder.read: checked.append(a[2]) or f(self, *a),
+    )
+    loader.batch_sampler.start(4, 1, end=7)
+    list(batches(loader))
+    assert checked == [True] * 16 + [False] * 48

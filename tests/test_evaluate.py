@@ -3,6 +3,7 @@ import pytest
 
 from common.metrics import all_scores
 from common.running.errors import UserError
+from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 from common.study.evaluate import StoredScores, draw_subsets, intervals, load_scores
 
 NAMES = ("RB", "FS", "OS")  # the last one is rare
@@ -30,6 +31,38 @@ def test_the_closed_form_is_the_mean_of_drawn_subsets(prevalence):
         assert abs(values.mean() - closed[name]) < 4 * error + slack + 1e-6, name
     total = 3600 / (1 - prevalence) if prevalence < 0.4 else 2400 / prevalence
     assert drawn["n"][0] == pytest.approx(total, abs=1)
+
+
+@pytest.mark.parametrize("prevalence", [0.02, 0.15, 0.4, 0.6])
+def test_a_drawn_subsets_scores_are_those_of_its_rows(prevalence):
+    scores = some(900)
+    drawn = draw_subsets(scores, prevalence, draws=4, seed=3)
+    defects, normals = np.flatnonzero(scores.label == 1), np.flatnonzero(scores.label == 0)
+    n_defect = min(round(540 * prevalence / (1 - prevalence)), 360)
+    n_normal = min(round(360 * (1 - prevalence) / prevalence), 540)
+    for draw in range(4):
+        rng = keyed_rng(DRAWN_SUBSET, 3, draw)
+        rows = [rng.permutation(defects)[:n_defect], rng.permutation(normals)[:n_normal]]
+        rows = np.concatenate(rows)
+        expected = all_scores(scores.logit[rows], scores.label[rows], scores.classes[rows], NAMES)
+        assert set(drawn) == set(expected) - {"undefined"}
+        for name, values in drawn.items():
+            assert values[draw] == pytest.approx(expected[name], abs=1e-12), name
+
+
+@pytest.mark.parametrize("prevalence", [None, 0.05])
+def test_intervals_are_percentiles_of_scores_of_rows_drawn_again_and_again(prevalence):
+    scores, found = some(700), []
+    order = np.argsort(-scores.logit, kind="stable")
+    rng = keyed_rng(BOOTSTRAP, 5)
+    for _ in range(8):
+        groups = (order[scores.label[order] == label] for label in (1, 0))
+        rows = np.concatenate([of[rng.integers(0, len(of), len(of))] for of in groups])
+        how = scores.classes[rows], NAMES, prevalence
+        found.append(all_scores(scores.logit[rows], scores.label[rows], *how))
+    for name, (low, high) in intervals(scores, [prevalence], 8, seed=5)[prevalence].items():
+        expected = np.percentile([f[name] for f in found], (2.5, 97.5))
+        assert (low, high) == pytest.approx(tuple(expected), abs=1e-12), name
 
 
 def test_f2_ciw_of_small_subsets_is_biased_by_rare_classes():

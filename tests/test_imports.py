@@ -25,7 +25,12 @@ def test_nobody_imports_a_script(path):
     assert not {p.stem for p in SCRIPTS} & {name.split(".")[0] for name in imported(path)}
 
 
-COMMANDS = ("synthetic", "compare", "sets/deeppcb")  # the rest of common/ itself is the science
+COMMANDS = (
+    "synthetic",
+    "pack",
+    "compare",
+    "sets/deeppcb",
+)  # the rest of common/ itself is the science
 FOR_ALL = {f"common.running.{name}" for name in ("keyed", "errors", "progress")}
 
 

@@ -18,6 +18,19 @@ def test_is_the_papers_formula_by_another_library():
         assert rankme(z, centre=centre) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (40, 40), (1, 7)])
+@pytest.mark.parametrize("smallest", [1, 1e-3, 2e-6, 5e-7, 1e-12, 0])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_is_that_of_the_singular_values_themselves(shape, smallest, offset):
+    z = torch.randn(shape, generator=torch.manual_seed(0)).double()
+    u, s, v = torch.linalg.svd(z, full_matrices=False)
+    s[len(s) // 2 :] = smallest
+    z = (u * s) @ v + offset
+    s = torch.linalg.svdvals(z)
+    p = s / max(float(s.sum()), 1e-300) + 1e-7
+    assert rankme(z) == pytest.approx(math.exp(-float((p * p.log()).sum())), rel=1e-7)
+
+
 def test_known_ranks():
     assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-4)
     assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-4)

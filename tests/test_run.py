@@ -17,6 +17,7 @@ import torch
 from conftest import PATIENCE, ROOT, on_ranks, python, write_set
 from small import arguments, outcome, run, stop_at
 
+import common.data
 import simclr
 from common.offline_probe import apply_probe
 from common.running.checkpoint import TrainState, read_checkpoint
@@ -425,6 +426,19 @@ def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):
 
 def open_files():
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_one_pass_of_the_loader_serves_all_epochs(tmp_path, tiny_set, monkeypatch):
+    """So that an epoch's first batch is made while the last ones of the epoch before are used."""
+    begun, start = [], common.data.start_iteration
+
+    def counting(loader):
+        begun.append(type(loader.dataset).__name__)
+        return start(loader)
+
+    monkeypatch.setattr(common.data, "start_iteration", counting)
+    run("simclr", tmp_path, tiny_set, "a", "optimization.epochs=3", "run.val_every_epochs=3")
+    assert begun.count("TrainImages") == 1
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")

@@ -125,3 +125,17 @@ def test_impossible_batches_are_refused():
         EpochSampler(np.arange(50), 8, 0, 0, 3)
     with pytest.raises(UserError, match="more than the 5"):
         EpochSampler(np.arange(5), 8, 0)
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_one_iteration_may_serve_several_epochs(first_step):
+    sampler, alone = (
+        EpochSampler(np.arange(22), 4, 9, 1, 2),
+        EpochSampler(np.arange(22), 4, 9, 1, 2),
+    )
+    sampler.start(3, first_step, end=6)
+    expected = []
+    for epoch in (3, 4, 5):
+        alone.start(epoch, first_step if epoch == 3 else 0)
+        expected += list(alone)
+    assert list(sampler) == expected and len(sampler) == len(expected) == 15 - first_step

@@ -22,7 +22,7 @@ from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
 from common.running.errors import REMEDY, UserError
 
-FORMAT = 2
+FORMAT = 3  # 3: images are resized by torch
 LAST, PREVIOUS = "last.pt", "prev.pt"
 # What exFAT, cloud drives and network shares answer to a call that they do not have.
 NOT_SUPPORTED = {

@@ -36,8 +36,8 @@ class Data:
     train_defect_proportion: InnerProportion | None
     fraction: Share
     subset_size: Count | None
-    packed: None  # images are decoded from their files; a packed store is not read yet
-    max_bad_images: Literal[0]  # the first unreadable image stops the run
+    packed: FilePath | None  # a store of `python -m common.pack`
+    max_bad_images: NonNegativeInt  # that a store may list as unreadable: they are left out
     num_workers: NonNegativeInt  # a rank
 
 
@@ -107,6 +107,8 @@ def _cross_checks(cfg):
     elif cfg.data.image_size % (cfg.patch_size or VIT_PATCH):
         size, patch = cfg.data.image_size, cfg.patch_size or VIT_PATCH
         yield f"data.image_size: {size} is no multiple of patch_size, {patch}"
+    if cfg.data.max_bad_images and cfg.data.packed is None:
+        yield "data.max_bad_images: 0 without data.packed, whose list of unreadable images it is of"
     if cfg.num_heads and VIT_WIDTH % cfg.num_heads:
         yield f"num_heads: {cfg.num_heads} does not divide the width, {VIT_WIDTH}"
     if cfg.run.name and (Path(cfg.run.name).name != cfg.run.name or cfg.run.name == ".."):
@@ -168,6 +170,9 @@ def identity(cfg, with_paths):
 def identity_of(values, with_paths):
     """The same of a config that was read back: nested dicts, maybe of another release."""
     left_out = NOT_IDENTITY if with_paths else NOT_IDENTITY | {"data": NOT_IDENTITY["data"] + PATHS}
+    if isinstance(values.get("data"), dict) and values["data"].get("packed") is not None:
+        # Where a store lies is no identity. What it holds is: a checkpoint keeps the index's hash.
+        values = values | {"data": values["data"] | {"packed": "a store"}}
     return {
         section: {k: v for k, v in content.items() if k not in left_out.get(section, ())}
         if isinstance(content, dict)

@@ -54,6 +54,15 @@ def write_status(folder, state, why=None, retryable=None, **more):
     write_json(Path(folder) / STATUS, {k: v for k, v in content.items() if v is not None})
 
 
+def note_failure(folder, state, why, retryable):
+    """Note how this rank ended, unless another was first and knows why. Returns its status."""
+    now = read_json(folder / STATUS) or {}
+    if now.get("state") == "running":
+        write_status(folder, state, why, retryable)
+        now = {}
+    return now
+
+
 def set_status(folder, state):
     """write_status, unless that is the state already and the run is at rest."""
     if state != "finished" or (read_json(Path(folder) / STATUS) or {}).get("state") != state:

@@ -1,6 +1,8 @@
 """One run from start to finish: its folder, its loops over epochs and steps, its log, its end."""
 
 import dataclasses
+import functools
+import itertools
 from pathlib import Path
 
 import torch.distributed as dist
@@ -53,7 +55,7 @@ class Run:
         if on_first_rank(run._open):
             say(f"{run.folder} is finished: see {files.RESULT} there")
             raise Finished
-        report_failures_to(run._failed)
+        report_failures_to(functools.partial(files.note_failure, run.folder))
         if run.device.type == "cpu" and cfg.optimization.precision == "fp16":
             say("optimization.precision fp16 runs as fp32 on CPU")
         return run
@@ -64,18 +66,10 @@ class Run:
         files.set_status(self.folder, "finished" if finished else "running")
         return finished
 
-    def _failed(self, state, why, retryable):
-        """Note how this rank ended, unless another was first and knows why. Returns its status."""
-        now = files.read_json(self.folder / files.STATUS) or {}
-        if now.get("state") == "running":
-            files.write_status(self.folder, state, why, retryable)
-            now = {}
-        return now
-
-    def describe_data(self, train, rows, val):
-        """Say which rows are trained on, and keep them for the folder. train, val: Annotations."""
+    def describe_data(self, train, rows, val, packed):
+        """Say and keep which rows are trained on. packed: form and hash of a store, or None."""
         self._subset = train, rows
-        self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256()}
+        self.data_sha = {"train_subset": train.sha256(rows), "val": val.sha256(), "packed": packed}
         self.counts = count_labels(train.defect[rows])
         say(f"{self.folder}\n{subset_text(**self.counts, train=train, val=val)}")
 
@@ -105,7 +99,7 @@ class Run:
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
-        self._note, self._notes = "", {}
+        self._note, self._notes, self._batches = "", {}, None
         self._guard = OverflowGuard(state)
 
     def epochs(self):
@@ -113,11 +107,17 @@ class Run:
         yield from range(self.epochs_done, self.cfg.optimization.epochs)
 
     def steps(self, loader):
-        """(step, batch) of the current epoch, from where the run stands."""
-        first = self.step - self.epochs_done * self.steps_per_epoch
-        loader.batch_sampler.start(self.epochs_done, first)
+        """(step, batch) of the current epoch, from where the run stands.
+
+        One pass of the loader serves all epochs, so that the next epoch's batches are made ahead.
+        """
+        if self._batches is None:
+            first = self.step - self.epochs_done * self.steps_per_epoch
+            loader.batch_sampler.start(self.epochs_done, first, self.cfg.optimization.epochs)
+            self._batches = batches(loader)
         self._watch.start_step()
-        for batch in batches(loader):
+        left = self.steps_per_epoch * (self.epochs_done + 1) - self.step
+        for batch in itertools.islice(self._batches, left):
             self._guard.before_step()
             yield self.step, batch
 

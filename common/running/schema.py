@@ -6,8 +6,10 @@ it may hold a control character: it may become a path, a name or a line of a scr
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -95,6 +97,11 @@ for _tag, _pattern, _first in (
 
 def parse_yaml(text, where):
     """text -> plain Python data. Raises ConfigError naming `where` and the line."""
+    return copy.deepcopy(_parsed(text, where))
+
+
+@functools.lru_cache(maxsize=512)  # a grid asks for each of its few texts a hundred times
+def _parsed(text, where):
     if len(text) > LARGEST_FILE:
         raise ConfigError(f"{where}: larger than 64 KB, which no config is")
     try:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data import open_image
+from common.images import open_image
 from common.running.errors import UserError
 from common.running.folder import write_atomically
 from common.running.process import entry_point

@@ -15,7 +15,6 @@ from common.study.cost import TimeLeft
 from common.study.evaluate import LOGITS
 from common.study.grid import read_grid, state
 from common.study.launch import Launcher, gpu_ids, log_path, tail
-from common.study.report import write_report
 from common.study.slurm import submit
 
 GRID = "configs/grid/paper.yaml"
@@ -69,6 +68,8 @@ def run(runs, args):
 
 def report(runs, args):
     """The page, tables and figures of what is finished."""
+    from common.study.report import write_report  # matplotlib, which nothing else here needs
+
     write_report(runs, args.out, args.probe, args.draws)
 
 

@@ -14,8 +14,14 @@ def cost_key(run):
     return f"{frozen}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
 
 
+def data_key(run):
+    """Runs of one key, whatever their seeds, train on as many images an epoch."""
+    data = run.cfg.data
+    return data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
+
+
 class TimeLeft:
-    """The time that the runs of a grid still take; counts each run's images once."""
+    """The time that the runs of a grid still take; counts each training set once."""
 
     def __init__(self, runs):
         self.runs, self._images = runs, {}
@@ -26,7 +32,8 @@ class TimeLeft:
         for run in self.runs:
             at = state(run)[0]
             if at == "finished":
-                of_finished.setdefault(cost_key(run), []).append(_measured(run))
+                rate, self._images[data_key(run)] = _measured(run)
+                of_finished.setdefault(cost_key(run), []).append(rate)
                 continue
             done[run], rate = (0, None) if at == "refused" else _logged(run)
             if rate:
@@ -48,20 +55,20 @@ class TimeLeft:
 
     def _count(self, run):
         """Training images of a run over its epochs; None while that cannot be told."""
-        if run.name not in self._images:
+        key = data_key(run)
+        if key not in self._images:  # of no finished run: the CSV has to be read
             try:
-                epoch = len(training_subset(run)[1])
-                self._images[run.name] = epoch * run.cfg.optimization.epochs
+                self._images[key] = len(training_subset(run)[1])
             except UserError:
                 return None
-        return self._images[run.name]
+        return self._images[key] * run.cfg.optimization.epochs
 
 
 def _measured(run):
-    """Seconds an image of a finished run, with its validations."""
+    """(seconds an image, with its validations; images an epoch) of a finished run."""
     result = read_json(run.folder / RESULT)
-    images = sum(result["train_rows"].values()) * result["epochs"]
-    return result["seconds"] / max(images, 1)
+    epoch = sum(result["train_rows"].values())
+    return result["seconds"] / max(epoch * result["epochs"], 1), epoch
 
 
 def _logged(run):

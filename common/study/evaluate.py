@@ -8,6 +8,7 @@ draw counts as one of which nothing is found. Frames of one video are not indepe
 intervals here, of single images, are too narrow.
 """
 
+import functools
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,14 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.metrics import (
-    THRESHOLD,
-    all_scores,
-    area_under_roc,
-    average_precision,
-    ciw_f2,
-    count_scores,
-)
+from common.metrics import METRICS, THRESHOLD, scores_of
+from common.ranking import Ranking
 from common.running.errors import UserError
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
@@ -33,6 +28,7 @@ LOGITS = {  # of each probe, in that file
     "offline_fixed": "logit_offline_fixed",
 }
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+WITH_INTERVAL = ("f2", *METRICS)
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,18 @@ class StoredScores:
     classes: np.ndarray  # (N, C) 0/1
     class_names: tuple
 
+    @functools.cached_property
+    def ranking(self):
+        """The images by their logits: sorted once, for every prevalence and every draw."""
+        return Ranking(self.logit, self.label, self.classes, THRESHOLD)
+
+    @functools.cached_property
+    def _counts(self):
+        return self.ranking.count()
+
     def at(self, prevalence):
         """All scores at a prevalence, in closed form; None: that of the data."""
-        how = self.classes, self.class_names, prevalence
-        return all_scores(self.logit, self.label, *how)
+        return scores_of(self._counts, self.class_names, prevalence)
 
 
 def load_scores(folder, probe="online"):
@@ -76,42 +80,17 @@ def intervals(scores, prevalences, draws, seed=0):
     {prevalence: {score: (low, high)}}, without what the data cannot give; a draw in which a score
     is undefined does not count for it.
     """
-    order = np.argsort(-scores.logit, kind="stable")
-    logit, is_defect = scores.logit[order], scores.label[order] == 1
-    defects, normals = np.flatnonzero(is_defect), np.flatnonzero(~is_defect)
-    if not len(defects) or not len(normals):
-        return {p: {} for p in prevalences}
-    last = np.flatnonzero(np.append(logit[1:] != logit[:-1], True))  # of each distinct logit
-    called = logit >= THRESHOLD
-    # float32 sums of whole numbers are exact below 2^24, and a matrix product of them is fast.
-    classes = scores.classes[order][defects].astype(np.float32)
-    rng = keyed_rng(BOOTSTRAP, seed)
+    groups = tuple(map(len, scores.ranking.order))
     found = {p: {} for p in prevalences}
-    for _ in range(draws):
-        w_defect, w_normal = (
-            np.bincount(rng.integers(0, len(rows), len(rows)), minlength=len(rows))
-            for rows in (defects, normals)
-        )
-        weight = np.zeros((2, len(logit)), np.int64)
-        weight[0, defects], weight[1, normals] = w_defect, w_normal
-        tps, fps = np.cumsum(weight, axis=1)[:, last]
-        tp, fp = weight[:, called].sum(axis=1)
-        images = (w_defect.astype(np.float32) @ classes).astype(np.float64)
-        hits = ((w_defect * called[defects]).astype(np.float32) @ classes).astype(np.float64)
+    if not all(groups):
+        return found
+    for weights in _resampled(*groups, draws, seed):
+        counts = scores.ranking.count(*weights)
         for p, values in found.items():
-            w = (1, 1) if p is None else (p / len(defects), (1 - p) / len(normals))
-            drawn = count_scores(
-                tp * w[0], (len(defects) - tp) * w[0], fp * w[1], (len(normals) - fp) * w[1]
-            )
-            drawn["auroc"] = area_under_roc(tps, fps)
-            drawn["average_precision"] = average_precision(tps, fps, *w)
-            if len(scores.class_names):
-                of_classes = hits * w[0], (images - hits) * w[0]
-                drawn["f2_ciw"] = ciw_f2(*of_classes, 0, scores.class_names)
-                drawn["f2_ciw_strict"] = ciw_f2(*of_classes, fp * w[1], scores.class_names)
-            for name, value in drawn.items():
-                if value is not None:
-                    values.setdefault(name, []).append(value)
+            drawn = scores_of(counts, scores.class_names, p)
+            for name in WITH_INTERVAL:
+                if drawn[name] is not None:
+                    values.setdefault(name, []).append(drawn[name])
     return {
         p: {name: tuple(map(float, np.percentile(v, INTERVAL))) for name, v in values.items()}
         for p, values in found.items()
@@ -124,21 +103,46 @@ def draw_subsets(scores, prevalence, draws, seed=0):
     All normals and as many defects as make the prevalence; where those are too few, all defects and
     fewer normals.
     """
-    defects, normals = np.flatnonzero(scores.label == 1), np.flatnonzero(scores.label == 0)
-    n_defect = round(len(normals) * prevalence / (1 - prevalence))
-    n_normal = len(normals)
-    if n_defect > len(defects):
-        n_defect = len(defects)
+    of_defects, of_normals = orders = scores.ranking.order
+    n_defect, n_normal = round(len(of_normals) * prevalence / (1 - prevalence)), len(of_normals)
+    if n_defect > len(of_defects):
+        n_defect = len(of_defects)
         n_normal = round(n_defect * (1 - prevalence) / prevalence)
     found = []
     for draw in range(draws):
-        rng = keyed_rng(DRAWN_SUBSET, seed, draw)
-        rows = [rng.permutation(defects)[:n_defect], rng.permutation(normals)[:n_normal]]
-        rows = np.concatenate(rows)
-        logit, label, classes = scores.logit[rows], scores.label[rows], scores.classes[rows]
-        found.append(all_scores(logit, label, classes, scores.class_names))
+        shuffled = _shuffled(*map(len, orders), seed, draw)
+        drawn = map(_among_first, (n_defect, n_normal), shuffled, orders)
+        found.append(scores_of(scores.ranking.count(*drawn), scores.class_names))
     return {
         name: np.array([np.nan if f[name] is None else f[name] for f in found])
         for name in found[0]
         if name != "undefined"
     }
+
+
+def _among_first(n, shuffled, order):
+    """Whether each image, by rank, is among the first n of those shuffled; None: all are."""
+    if n == len(order):
+        return None
+    is_drawn = np.zeros(len(order), bool)
+    is_drawn[shuffled[:n]] = True
+    return is_drawn[order]
+
+
+# Draws are kept: they are the same at all prevalences, and for all runs with that many images.
+@functools.lru_cache(1)
+def _resampled(n_defect, n_normal, draws, seed):
+    """Draws with replacement: [how often each defect, and each normal, by rank, is in it]."""
+    rng = keyed_rng(BOOTSTRAP, seed)
+    sizes = [(n_defect, n_normal)] * draws
+    return [
+        [np.bincount(rng.integers(0, n, n), minlength=n).astype(np.int8) for n in both]
+        for both in sizes
+    ]
+
+
+@functools.lru_cache(128)
+def _shuffled(n_defect, n_normal, seed, draw):
+    """The defects and the normals in an order that starts with the subset of any prevalence."""
+    rng = keyed_rng(DRAWN_SUBSET, seed, draw)
+    return [rng.permutation(n).astype(np.int32) for n in (n_defect, n_normal)]

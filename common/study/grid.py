@@ -29,6 +29,7 @@ from common.running.folder import LOCK, RESULT, STATUS, read_json
 from common.running.schema import build, parse_override, read_yaml
 from common.running.standing import standing, try_lock
 from common.sampler import imbalanced_indices
+from common.store import PackedStore, leave_out_unreadable
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,23 @@ def is_held(path):
         return False
 
 
-_annotations = functools.lru_cache(maxsize=2)(read_annotations)
+annotations = functools.lru_cache(maxsize=2)(read_annotations)
 
 
 def training_subset(run):
     """(Annotations, rows) that a run trains on. Raises UserError where its CSV is not there."""
-    data = run.cfg.data
-    train = _annotations(data.train_csv)
-    p, size = data.train_defect_proportion, data.subset_size
-    return train, imbalanced_indices(train.defect, p, run.cfg.seed, data.fraction, size)
+    data, seed = run.cfg.data, run.cfg.seed
+    table = data.train_csv, data.packed, data.max_bad_images
+    how = data.train_defect_proportion, seed, data.fraction, data.subset_size
+    return _readable(*table), _subset(table, *how)
+
+
+@functools.lru_cache(maxsize=2)
+def _readable(train_csv, packed, most):
+    train = annotations(train_csv)
+    return train if packed is None else leave_out_unreadable(PackedStore(packed), most, train)[0]
+
+
+@functools.lru_cache(maxsize=8)  # of a million rows each: the proportions that all methods share
+def _subset(table, *how):
+    return imbalanced_indices(_readable(*table).defect, *how)

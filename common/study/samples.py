@@ -1,14 +1,14 @@
 """A sheet of sample images by defect class."""
 
 import contextlib
-import os
 
 import numpy as np
 
-from common.annotations import NORMAL, read_annotations
-from common.images import open_image
+from common.annotations import NORMAL
 from common.running.errors import ImageError
+from common.store import open_images
 from common.study.figures import panels
+from common.study.grid import annotations
 
 
 def samples(data, rng_of):
@@ -17,8 +17,8 @@ def samples(data, rng_of):
     data: the data section of a config. rng_of: class number -> generator that chooses. A split
     without an image of the class, or an image that cannot be read, leaves a gap.
     """
-    splits = [read_annotations(data.train_csv), read_annotations(data.val_csv)]
-    names, root = ("normal", *splits[1].class_names), os.path.realpath(data.image_root)
+    splits = [annotations(data.train_csv), annotations(data.val_csv)]
+    names, images = ("normal", *splits[1].class_names), open_images(data.image_root, data.packed)
     names = [name for name in names if any(map(len, _of_class(splits, name)))]
     across = min(6, len(names))
     figure, axes = panels(-(-len(names) // across) * 2, across, height=1.9)
@@ -31,7 +31,7 @@ def samples(data, rng_of):
             axis.set_title(f"{name}, {('training', 'validation')[below]}", fontsize=9)
             with contextlib.suppress(ImageError):
                 if len(rows):
-                    axis.imshow(open_image(root, split.name(rng.choice(rows))))
+                    axis.imshow(images.read(split.name(rng.choice(rows))))
     return figure
 
 

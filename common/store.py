@@ -1,0 +1,156 @@
+"""The packed store: images decoded and shrunk once by `python -m common.pack`, read by position.
+
+A folder with store.json (settings, what could not be read, a hash of the index), names.npy (N
+names, sorted), index.npy (N records) and images.bin (one image after the other: JPEG, or raw RGB).
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.images import ImageFolder
+from common.running.errors import ImageError, UserError
+from common.running.progress import say
+
+FORMAT = 1
+SETTINGS, NAMES, INDEX, IMAGES = "store.json", "names.npy", "index.npy", "images.bin"
+SHOWN = 5  # names in a message
+RECORD = np.dtype(  # of an image; length 0: it could not be read
+    [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("crc32", "<u4")]
+)
+
+
+def index_hash(settings, names, index):
+    """sha256 of what a store holds: form, quality, size, and each image's name and checksum."""
+    kept = {key: settings[key] for key in ("format", "form", "quality", "short_side")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for array in (names, index):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+class PackedStore:
+    """Has the methods of an ImageFolder. Any number of processes may read it at a time."""
+
+    def __init__(self, path):
+        """Raises UserError where the folder is no whole store."""
+        self.path, self._file = Path(path), None
+        try:
+            self.settings = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+            if self.settings["format"] != FORMAT:
+                raise UserError(f"{path}: a store of another format; pack it again")
+            if not self.settings["finished"]:
+                raise UserError(f"{path}: not packed to the end; the same command goes on")
+            self._open()
+            size = (self.path / IMAGES).stat().st_size
+            whole = index_hash(self.settings, self.names, self.index)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise UserError(f"data.packed: {path} is no packed store ({why})") from None
+        ends = self.index["offset"] + self.index["length"]
+        if whole != self.settings["index_sha256"] or size < ends.max(initial=0):
+            raise UserError(f"data.packed: {path} is damaged: pack it again, to another folder")
+        self.packed = f"{self.settings['form']} {whole}"
+
+    def _open(self):
+        # Mapped, not read: the same memory serves all workers.
+        self.names = np.load(self.path / NAMES, mmap_mode="r")
+        self.index = np.load(self.path / INDEX, mmap_mode="r")
+
+    def __getstate__(self):
+        return {"path": self.path, "settings": self.settings, "packed": self.packed}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _file=None)
+        self._open()
+
+    def _position(self, name):
+        key = np.array(name.encode(), dtype=self.names.dtype)
+        at = int(np.searchsorted(self.names, key))
+        known = at < len(self.names) and self.names[at] == name.encode()
+        return at if known else None
+
+    def _bytes(self, record):
+        if self._file is None:
+            self._file = open(self.path / IMAGES, "rb")  # noqa: SIM115 (held for life)
+        content = bytearray(int(record["length"]))
+        got = os.preadv(self._file.fileno(), [content], int(record["offset"]))
+        if got != len(content) or zlib.crc32(content) != record["crc32"]:
+            raise ImageError("damaged since it was packed (its checksum does not fit)")
+        return content
+
+    def read(self, name, where="", check=True):
+        """One image -> (H, W, 3) uint8 array. Its checksum is always looked at."""
+        try:
+            at = self._position(name)
+            record = self.index[at] if at is not None else None
+            if record is None or not record["length"]:
+                raise ImageError("not in the store" if record is None else "was not readable")
+            content = self._bytes(record)
+            if self.settings["form"] == "jpeg":
+                return np.array(Image.open(io.BytesIO(content), formats=("JPEG",)))
+            shape = int(record["height"]), int(record["width"]), 3
+            return np.frombuffer(content, np.uint8).reshape(shape)
+        except (OSError, ImageError) as error:
+            why = getattr(error, "strerror", None) or error
+        raise ImageError(f"{self.path}: {name}{where}: cannot be used: {why}")
+
+    def unreadable(self, annotations):
+        """(N,) bool: which rows' images the store lists as unreadable.
+
+        Raises UserError naming the first row whose image was never packed.
+        """
+        width = max(self.names.dtype.itemsize, annotations.filename.dtype.itemsize)
+        names = self.names.astype(f"S{width}", copy=False)
+        wanted = annotations.filename.astype(names.dtype, copy=False)
+        at = np.searchsorted(names, wanted).clip(max=len(names) - 1)
+        missing = np.flatnonzero(names[at] != wanted)
+        if len(missing):
+            first = missing[0]
+            raise UserError(
+                f"data.packed: {self.path} lacks {len(missing)} of the images of "
+                f"{annotations.path}, the first {annotations.name(first)} "
+                f"({annotations.place(first)}): pack them together, to another folder"
+            )
+        return self.index["length"][at] == 0
+
+    def check(self, needed, *tables):
+        """Warns where crops would be enlarged. needed: short side in pixels that crops want."""
+        short = self.settings["short_side"]
+        if short < math.floor(needed):
+            say(
+                f"warning: {self.path} holds images with a short side of {short} px, and the "
+                f"smallest crops want {math.ceil(needed)}: they are enlarged"
+            )
+
+
+def open_images(image_root, packed=None):
+    """Where a run's images come from: the files below a folder, or a packed store."""
+    return ImageFolder(image_root) if packed is None else PackedStore(packed)
+
+
+def leave_out_unreadable(images, most, *tables):
+    """Annotations less the rows whose image the store lists as unreadable; says which.
+
+    Raises UserError where they are more than `most` in all. A file that is found unreadable while
+    training stops the run.
+    """
+    bad = [images.unreadable(table) for table in tables]
+    count = sum(int(rows.sum()) for rows in bad)
+    if not count:
+        return tables
+    pairs = list(zip(tables, bad, strict=True))
+    named = [table.name(row) for table, rows in pairs for row in np.flatnonzero(rows)]
+    text = f"{count} images that {images.path} lists as unreadable: {', '.join(named[:SHOWN])}"
+    text += f" and {count - SHOWN} more" if count > SHOWN else ""
+    if count > most:
+        raise UserError(f"data.max_bad_images: {most}, but {text}")
+    say(f"left out: {text}")
+    return tuple(table.take(~rows) for table, rows in pairs)
