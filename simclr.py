@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.annotations import check_disjoint, read_annotations
+from common.annotations import read_split
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
 from common.data import build_loaders
@@ -119,8 +119,7 @@ def main(argv=None):
     cfg = load_config(Config, argv)
     data, opt, frozen = cfg.data, cfg.optimization, cfg.run.frozen_encoder
     run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
-    train, val = read_annotations(data.train_csv), read_annotations(data.val_csv)
-    check_disjoint(train, val)
+    train, val = read_split(data.train_csv, data.val_csv)
     images = open_images(data.image_root, data.packed)
     train, val = leave_out_unreadable(images, data.max_bad_images, train, val)
     rows = imbalanced_indices(
@@ -137,8 +136,7 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(
         images, train, sampler, crops, val, data.num_workers, run.device
     )
-    compiled = compiles(cfg.run.compile, run.device)
-    augment = ColorJitterNormalize(cfg.seed, compiled).to(run.device)
+    augment = ColorJitterNormalize(cfg.seed, compiles(cfg.run.compile, run.device)).to(run.device)
     backbone, feature_dim = build_backbone(
         cfg.backbone, data.image_size, cfg.patch_size, cfg.num_heads
     )

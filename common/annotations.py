@@ -161,6 +161,13 @@ def check_disjoint(train, val):
         )
 
 
+def read_split(train_csv, val_csv):
+    """The Annotations of both; raises UserError where a file name stands in both."""
+    train, val = read_annotations(train_csv), read_annotations(val_csv)
+    check_disjoint(train, val)
+    return train, val
+
+
 def subset_text(normal, defect, unlabelled, train, val):
     """Numbers of images, and of both tables (Annotations) the classes and the rest, in words."""
     share = defect / max(normal + defect, 1)

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.distributed import gather_unpadded, world_size
+from common.distributed import gather_unpadded
 from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
 from common.running.errors import REMEDY, UserError
 
-FORMAT = 3  # 3: images are resized by torch
+FORMAT = 3  # 3: images are resized by torch; loss_sum of each rank
 LAST, PREVIOUS = "last.pt", "prev.pt"
 # What exFAT, cloud drives and network shares answer to a call that they do not have.
 NOT_SUPPORTED = {
@@ -87,9 +87,7 @@ class TrainState:
         self.probe.load_state_dict(saved["probe"])
         self.scaler.load_state_dict(saved["scaler"])
         self.scores.restore(**saved["scores"], is_first_rank=rank == 0)
-        # One number for all ranks, their mean, is an earlier release's.
-        sums = torch.as_tensor(saved["loss_sum"], dtype=torch.float64)
-        self.loss_sum = float(sums.expand(world_size())[rank])
+        self.loss_sum = float(saved["loss_sum"][rank])
         for name in ("loss_steps", "train_scores", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, saved[name])
 
