@@ -98,7 +98,7 @@ class CropViews:
 
 
 # The four operations as in torchvision.transforms.v2.functional, for a batch, in few passes over
-# memory. x: (B, 3, H, W) in 0 to 1; factor: (B, 1, 1, 1), a factor an image.
+# memory; what x was is lost. x: (B, 3, H, W) in 0 to 1; factor: (B, 1, 1, 1), a factor an image.
 
 
 def _grey(x):
@@ -108,12 +108,12 @@ def _grey(x):
 
 
 def _blend(x, other, factor):
-    return (factor * x).add_((1 - factor) * other).clamp_(0, 1)
+    return x.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_brightness(x, factor):
     """1: unchanged, 0: black."""
-    return (x * factor).clamp_(0, 1)
+    return x.mul_(factor).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
@@ -133,28 +133,23 @@ def adjust_hue(x, shift):
     to RGB is channel = min + spread * ramp(h), where the ramps are |h - 3| - 1 (red), 2 - |h - 2|
     (green) and 2 - |h - 4| (blue), clamped to 0 and 1.
     """
-    r, g, b = x.split(1, dim=1)
+    r, g, b = x.unbind(dim=1)
     highest = torch.maximum(torch.maximum(r, g), b)
     lowest = torch.minimum(torch.minimum(r, g), b)
     spread = highest - lowest
-    from_green = torch.where(
-        highest == g, (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4)
-    )
-    h = torch.where(highest == r, g - b, from_green)
-    h = h.div_(spread.clamp_min(1e-12)).add_(6 * shift)  # where the spread is 0, h does not matter
+    from_green, from_blue = (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4)
+    h = torch.where(highest == r, g - b, torch.where(highest == g, from_green, from_blue))
+    h = h.div_(spread.clamp_min(1e-12))  # where the spread is 0, h does not matter
+    h = h.add_(6 * shift.flatten(1)[:, :, None])
     h = h.sub_((h / 6).floor_(), alpha=6)
     ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
-    return torch.cat([torch.addcmul(lowest, spread, ramp.clamp_(0, 1)) for ramp in ramps], dim=1)
-
-
-def to_float(images):
-    """uint8 -> float32 in 0 to 1."""
-    return images.float() / 255
+    channels = [torch.addcmul(lowest, spread, ramp.clamp_(0, 1)) for ramp in ramps]
+    return torch.stack(channels, dim=1)
 
 
 def flip_normalize(x, flip, mean, std):
     """x: (B, 3, H, W) in 0 to 1; flip: (B, 1, 1, 1), whether to; mean, std: of the channels."""
-    return (torch.where(flip > 0, x.flip(-1), x) - mean) / std
+    return torch.where(flip > 0, x.flip(-1), x).sub_(mean).div_(std)
 
 
 OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -170,14 +165,14 @@ class ColorJitterNormalize(nn.Module):
         self.seed = seed
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        steps = to_float, *OPERATIONS, flip_normalize
+        steps = *OPERATIONS, flip_normalize
         if compiled:
             steps = [torch.compile(step, dynamic=False) for step in steps]
-        self._to_float, *self._operations, self._flip_normalize = steps
+        *self._operations, self._flip_normalize = steps
 
     def clean(self, images):
         """images: (B, 3, S, S) uint8 -> normalised float32."""
-        return (to_float(images) - self.mean) / self.std
+        return (images.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, views, factors, step):
@@ -193,7 +188,7 @@ class ColorJitterNormalize(nn.Module):
             for first in range(0, batch, some):
                 at = slice(first, first + some)
                 f = factors[at, view, :, None, None, None]  # (some, 5, 1, 1, 1)
-                x = self._to_float(views[at, view])
+                x = views[at, view].float().div_(255)
                 for operation in order:
                     x = self._operations[operation](x, f[:, operation])
                 done[view, at] = self._flip_normalize(x, f[:, FLIP], self.mean, self.std)

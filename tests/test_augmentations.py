@@ -39,7 +39,7 @@ def test_each_operation_is_torchvisions_image_for_image(images, operation):
     x = images.float() / 255
     low, high = (-0.5, 0.5) if operation == 3 else (0.2, 1.8)
     factor = torch.linspace(low, high, len(x))
-    ours = OPERATIONS[operation](x, factor.view(-1, 1, 1, 1))
+    ours = OPERATIONS[operation](x.clone(), factor.view(-1, 1, 1, 1))
     for i, f in enumerate(factor.tolist()):
         torch.testing.assert_close(ours[i], TORCHVISION[operation](x[i], f), atol=1e-5, rtol=0)
 
