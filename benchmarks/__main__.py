@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+KEYS = ("name", "ours", "peer", "ratio", "target", "unit")
 NOT_HERE = ("timing", "gpu")  # gpu.py wants a CUDA device: see `make test-gpu`
 
 
@@ -41,7 +42,8 @@ def table(lines):
         peer = f"at most {_number(line['target'])}" if limit else _number(line["peer"])
         met = "met" if line["ratio"] >= least else "**missed**"
         numbers = [_number(line["ours"]), peer, line["unit"], f"{line['ratio']:.2f}"]
-        rows.append(f"| {line['name']} | {' | '.join(numbers)} | {least:g} | {met} |")
+        more = "".join(f"; {k} {_number(v)}" for k, v in line.items() if k not in KEYS)
+        rows.append(f"| {line['name']} | {' | '.join(numbers)} | {least:g} | {met}{more} |")
     return rows
 
 

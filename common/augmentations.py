@@ -5,6 +5,8 @@ and resizes on uint8, and sends the colour factors along; the device applies the
 each image with its own factors. Each operation is that of torchvision, image for image.
 Deviation: order of the colour operations: drawn for each step and view, not for each image as by
 torchvision, because a batch shares its kernels.
+Deviation: resizing: by torch's bicubic on uint8, as torchvision's of tensors; the study's is
+Pillow's.
 """
 
 import math
