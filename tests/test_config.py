@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, python
 
 import simclr
-from common.running.config import differences, load_config, read_config, run_name
+from common.running.config import differences, identity, load_config, read_config, run_name
 from common.running.errors import ConfigError
 from common.running.folder import note_refused_config
 from common.running.schema import parse_override, parse_yaml
@@ -215,6 +215,15 @@ def test_a_key_that_is_null_changes_no_name_and_makes_no_difference():
     assert run_name(later(**values, more={"a": None, "b": {"c": None}}, null=None)) == name
     assert run_name(later(**values, more={"a": 0}, null=None)) != name
     assert run_name(later(**values, more={}, null=False)) != name
+
+
+def test_where_a_packed_store_lies_is_no_identity_but_that_it_is_one():
+    files, one, other = (load(f"data.packed={path}") for path in ("null", "a", "b/c"))
+    assert run_name(one) == run_name(other) != run_name(files)
+    for with_paths in (True, False):
+        assert identity(one, with_paths) == identity(other, with_paths)
+        assert differences(identity(files, with_paths), identity(one, with_paths))
+    assert one.data.packed == "a"
 
 
 @pytest.mark.parametrize(
