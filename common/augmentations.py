@@ -190,7 +190,7 @@ class ColorJitterNormalize(nn.Module):
             for first in range(0, batch, some):
                 at = slice(first, first + some)
                 f = factors[at, view, :, None, None, None]  # (some, 5, 1, 1, 1)
-                x = views[at, view].float().div_(255)
+                x = views[at, view].float() / 255
                 for operation in order:
                     x = self._operations[operation](x, f[:, operation])
                 done[view, at] = self._flip_normalize(x, f[:, FLIP], self.mean, self.std)

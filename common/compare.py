@@ -75,7 +75,7 @@ def floors(config, folder, val, images):
     """What must be beaten: calling everything a defect, and regression on thumbnails."""
     data = config["data"]
     tables = read_annotations(data["train_csv"]), read_annotations(data["val_csv"])
-    train, annotations = leave_out_unreadable(images, data["max_bad_images"], *tables)
+    train, annotations = leave_out_unreadable(images, data.get("max_bad_images", 0), *tables)
     subset = read_annotations(Path(folder) / "train_subset.csv")
     rows = np.flatnonzero(np.isin(train.filename, subset.filename))
     if len(rows) != len(subset) or not np.array_equal(annotations.filename, val["filename"]):

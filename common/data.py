@@ -162,7 +162,7 @@ def build_loaders(images, train, train_sampler, crop_views, val, num_workers, de
     train_images = TrainImages(images, train, crop_views)
     needed = crop_views.image_size / math.sqrt(crop_views.min_scale)
     tables = (train, train_sampler.rows), (val, np.arange(len(val)))
-    train_images.images.check(needed, *tables)
+    train_images.images.check(crop_views.image_size, needed, *tables)
     share = train_sampler.batch_size // train_sampler.world_size
     train_loader = make_loader(
         train_images,

@@ -173,7 +173,7 @@ class ImageFolder:
         """(N,) bool: rows whose image is known to be unreadable. Of files that is not known."""
         return np.zeros(len(annotations), bool)
 
-    def check(self, needed, *tables):
+    def check(self, image_size, needed, *tables):
         """Look at some files of each (Annotations, rows), the same on all ranks, before a run.
 
         Raises UserError where one is no image; warns where images of 16 bits are nearly black.

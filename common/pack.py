@@ -67,7 +67,10 @@ class Encoded(Dataset):
         if self.form == "raw":
             return image.tobytes(), height, width
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        try:
+            Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        except OSError as error:  # a side of more than 65,500 px
+            return ImageError(f"{self.names[position].decode()}: cannot be a JPEG: {error}")
         return buffer.getvalue(), height, width
 
 
@@ -100,13 +103,24 @@ def _begin(out, settings, names):
     if there is None:
         if not {path.name for path in out.iterdir()} <= {"lock", NAMES, f"{SETTINGS}.new"}:
             raise UserError(f"{out}: holds something else than a store; choose another folder")
-        np.save(out / NAMES, names)
+        _save(out / NAMES, names)
         write_json(out / SETTINGS, settings)
     elif any(there.get(key) != settings[key] for key in settings if key != "finished"):
         raise UserError(f"{out}: holds a store of other images or settings; choose another folder")
-    partial = out / PARTIAL
+    partial, images = out / PARTIAL, out / IMAGES
     whole = partial.stat().st_size // RECORD.itemsize if partial.exists() else 0
-    return np.fromfile(partial, RECORD, whole) if whole else np.zeros(0, RECORD)
+    records = np.fromfile(partial, RECORD, whole) if whole else np.zeros(0, RECORD)
+    size = images.stat().st_size if images.exists() else 0
+    lost = np.flatnonzero(records["offset"] + records["length"] > size)
+    return records[: lost[0]] if len(lost) else records
+
+
+def _save(path, array):
+    """np.save, on the disk before anything speaks of it."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _pack(out, encoded, records, workers):
@@ -154,6 +168,7 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
     out = Path(out)
     settings = {"format": FORMAT, "form": form, "quality": QUALITY if form == "jpeg" else None}
     settings |= {"short_side": short_side, "images": len(names)}
+    settings |= {"image_root": os.path.realpath(image_root)}
     settings |= {"names_sha256": hashlib.sha256(names.tobytes()).hexdigest(), "finished": False}
     encoded = Encoded(ImageFolder(image_root), names, form, short_side)
     try:
@@ -164,13 +179,13 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
             records = _begin(out, settings, names)
             there = read_json(out / SETTINGS)
             if there["finished"]:
-                say(f"{out} is packed")
+                say(f"{out} is packed, from {there['image_root']}")
                 return there["unreadable"]
             if len(records) < len(names):
                 _estimate(encoded, len(names) - len(records), workers, out)
             records = _pack(out, encoded, records, workers)
             unreadable = _look_again(out, encoded, records)
-            np.save(out / INDEX, records)
+            _save(out / INDEX, records)
             done = {"finished": True, "index_sha256": index_hash(settings, names, records)}
             write_json(out / SETTINGS, settings | done | {"unreadable": unreadable})
             (out / PARTIAL).unlink()
@@ -178,6 +193,11 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
     except OSError as error:
         what = f"{error.filename or out}: {error.strerror or error}"
         raise UserError(f"{what}; what is packed is kept, the same command goes on") from None
+
+
+def _cores():
+    """That this process may use: a job's, not a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @entry_point
@@ -191,7 +211,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=path_argument, metavar="DIR")
     parser.add_argument("--form", choices=("jpeg", "raw"), default="jpeg")
     parser.add_argument("--short-side", type=int, default=SHORT_SIDE, metavar="PX")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--workers", type=int, default=_cores(), metavar="N")
     args = parser.parse_args(argv)
     if args.short_side < 1 or args.workers < 0:
         raise UserError("--short-side is at least 1, --workers at least 0")

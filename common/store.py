@@ -36,6 +36,15 @@ def index_hash(settings, names, index):
     return digest.hexdigest()
 
 
+def stored_hash(path):
+    """What a PackedStore has as `packed`, form and hash, as its settings say; None without them."""
+    try:
+        settings = json.loads((Path(path) / SETTINGS).read_text(encoding="utf-8"))
+        return f"{settings['form']} {settings['index_sha256']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class PackedStore:
     """Has the methods of an ImageFolder. Any number of processes may read it at a time."""
 
@@ -51,13 +60,13 @@ class PackedStore:
             self._open()
             size = (self.path / IMAGES).stat().st_size
             whole = index_hash(self.settings, self.names, self.index)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(f"data.packed: {path} is no packed store ({why})") from None
-        ends = self.index["offset"] + self.index["length"]
-        if whole != self.settings["index_sha256"] or size < ends.max(initial=0):
-            raise UserError(f"data.packed: {path} is damaged: pack it again, to another folder")
-        self.packed = f"{self.settings['form']} {whole}"
+        is_whole = whole == self.settings["index_sha256"]
+        if not is_whole or size < (self.index["offset"] + self.index["length"]).max(initial=0):
+            raise UserError(f"data.packed: {path} is damaged: copy or pack it again, elsewhere")
+        self.packed = stored_hash(path)
 
     def _open(self):
         # Mapped, not read: the same memory serves all workers.
@@ -80,8 +89,10 @@ class PackedStore:
     def _bytes(self, record):
         if self._file is None:
             self._file = open(self.path / IMAGES, "rb")  # noqa: SIM115 (held for life)
-        content = bytearray(int(record["length"]))
-        got = os.preadv(self._file.fileno(), [content], int(record["offset"]))
+        content, got, start = bytearray(int(record["length"])), 0, int(record["offset"])
+        rest = memoryview(content)
+        while more := os.preadv(self._file.fileno(), [rest[got:]], start + got):
+            got += more  # a network drive may give less than it is asked for
         if got != len(content) or zlib.crc32(content) != record["crc32"]:
             raise ImageError("damaged since it was packed (its checksum does not fit)")
         return content
@@ -121,14 +132,19 @@ class PackedStore:
             )
         return self.index["length"][at] == 0
 
-    def check(self, needed, *tables):
-        """Warns where crops would be enlarged. needed: short side in pixels that crops want."""
+    def check(self, image_size, needed, *tables):
+        """Warns where the smallest crops would be enlarged, for which `needed` px are wanted.
+
+        Raises UserError where whole images would be, of which the originals had the pixels.
+        """
         short = self.settings["short_side"]
+        if not (np.minimum(self.index["height"], self.index["width"]) == short).any():
+            return  # nothing was shrunk
+        told = f"{self.path} holds images shrunk to a short side of {short} px"
+        if short < image_size:
+            raise UserError(f"data.image_size: {image_size}, but {told}: pack with --short-side")
         if short < math.floor(needed):
-            say(
-                f"warning: {self.path} holds images with a short side of {short} px, and the "
-                f"smallest crops want {math.ceil(needed)}: they are enlarged"
-            )
+            say(f"warning: {told}; the smallest crops want {math.ceil(needed)}, and are enlarged")
 
 
 def open_images(image_root, packed=None):
@@ -152,5 +168,7 @@ def leave_out_unreadable(images, most, *tables):
     text += f" and {count - SHOWN} more" if count > SHOWN else ""
     if count > most:
         raise UserError(f"data.max_bad_images: {most}, but {text}")
+    if any(rows.all() for rows in bad):
+        raise UserError(f"data.packed: no image of a CSV is left: {text}")
     say(f"left out: {text}")
     return tuple(table.take(~rows) for table, rows in pairs)

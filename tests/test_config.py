@@ -224,6 +224,7 @@ def test_where_a_packed_store_lies_is_no_identity_but_that_it_is_one():
         assert identity(one, with_paths) == identity(other, with_paths)
         assert differences(identity(files, with_paths), identity(one, with_paths))
     assert one.data.packed == "a"
+    assert run_name(load("data.packed=a", "data.max_bad_images=3")) == run_name(one)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 from conftest import python, write_set
 from PIL import Image
-from small import outcome, run, stop_at
+from small import arguments, outcome, run, stop_at
 
 import common.pack
+import simclr
 from common.annotations import read_annotations
 from common.augmentations import resize
 from common.images import ImageFolder
 from common.pack import main, pack
+from common.running.config import load_config
 from common.running.errors import ImageError, UserError
 from common.running.folder import read_json
+from common.running.standing import standing
 from common.store import IMAGES, INDEX, PackedStore, leave_out_unreadable
 
 
@@ -82,8 +86,10 @@ def test_a_store_is_read_by_other_processes_without_a_copy(frames, tmp_path):
     assert isinstance(store.index, np.memmap) and isinstance(store.names, np.memmap)
 
 
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_a_killed_packer_goes_on_to_the_same_bytes(frames, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("at", [2, 4, 7])
+def test_a_killed_packer_goes_on_to_the_same_bytes(frames, tmp_path, monkeypatch, at, lost):
+    """lost: the end of what it had written, too, as by a power cut."""
     monkeypatch.setattr(common.pack, "AT_ONCE", 6)
     how = frames / "images", names(frames)
     pack(*how, tmp_path / "whole", "raw", 60)
@@ -97,17 +103,20 @@ def test_a_killed_packer_goes_on_to_the_same_bytes(frames, tmp_path, monkeypatch
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.pack, "os", SimpleNamespace(fsync=fsync))
+        patch.setattr(common.pack, "os", SimpleNamespace(fsync=fsync, path=os.path))
         with pytest.raises(Killed):
             pack(*how, tmp_path / "p", "raw", 60)
     with open(tmp_path / "p" / "index.partial", "ab") as partial:
         partial.write(b"half")  # of a record
     with pytest.raises(UserError, match="not packed to the end"):
         PackedStore(tmp_path / "p")
+    if lost:
+        images = tmp_path / "p" / IMAGES
+        os.truncate(images, max(images.stat().st_size - 6 * 40 * 40 * 3 - 1, 0))
     read = []
     monkeypatch.setattr(ImageFolder, "read", lambda *a, f=ImageFolder.read: read.append(a) or f(*a))
     pack(*how, tmp_path / "p", "raw", 60)
-    left = 40 - 6 * (at - 1)
+    left = 40 - 6 * (at - 2) + (lost and at > 2)
     assert len(read) == left + 20  # those of the estimate
     for name in (IMAGES, INDEX, "names.npy", "store.json"):
         assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -245,6 +254,11 @@ def test_training_from_raw_pixels_is_training_from_the_files(tiny_set, tmp_path,
         with pytest.raises(SystemExit) as ended:
             run("simclr", tmp_path, tiny_set, "again", other)
         assert ended.value.code == 2
+    for other in (tmp_path / "raw", tmp_path / "jpeg"):  # a finished run knows it, too
+        how = [f"run.output_dir={tmp_path}", "run.name=raw", f"data.packed={other}"]
+        cfg = load_config(simclr.Config, arguments("simclr", tiny_set, tmp_path, "raw", *how))
+        state, why = standing(raw, cfg)
+        assert state == ("finished" if other.name == "raw" else "refused"), why
     (tmp_path / "raw").rename(tmp_path / "moved")
     moved = run("simclr", tmp_path, tiny_set, "again", f"data.packed={tmp_path / 'moved'}")
     assert outcome(moved) == outcome(files)
@@ -253,10 +267,29 @@ def test_training_from_raw_pixels_is_training_from_the_files(tiny_set, tmp_path,
 def test_crops_that_a_store_is_too_small_for_are_told(frames, tmp_path, capsys):
     pack(frames / "images", names(frames), tmp_path / "p", "raw", 60)
     store = PackedStore(tmp_path / "p")
-    store.check(60.9)
+    store.check(32, 60.9)
     assert "warning" not in capsys.readouterr().err
-    store.check(95.2)
-    assert "short side of 60 px" in capsys.readouterr().err
+    store.check(60, 95.2)
+    assert "warning" in capsys.readouterr().err
+    with pytest.raises(UserError, match="image_size: 61.*short side of 60 px"):
+        store.check(61, 61)
+    pack(frames / "images", names(frames, "val"), tmp_path / "q", "raw", 60)
+    PackedStore(tmp_path / "q").check(200, 300)  # nothing was shrunk: the originals have no more
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_a_jpeg_is_named(frames, tmp_path):
+    Image.new("RGB", (66000, 2)).save(frames / "images/val_0004.png")
+    unreadable = pack(frames / "images", names(frames), tmp_path / "p")
+    assert list(unreadable) == ["val_0004.png"] and "JPEG" in unreadable["val_0004.png"]
+    assert pack(frames / "images", names(frames), tmp_path / "raw", "raw") == {}
+
+
+def test_other_originals_are_not_mixed_in(frames, tmp_path):
+    pack(frames / "images", names(frames), tmp_path / "p", "raw", 60)
+    shutil.copytree(frames / "images", tmp_path / "copy")
+    with pytest.raises(UserError, match="other images or settings"):
+        pack(tmp_path / "copy", names(frames), tmp_path / "p", "raw", 60)
 
 
 def test_jpeg_files_are_as_stated(frames, tmp_path):

@@ -171,8 +171,9 @@ def identity_of(values, with_paths):
     """The same of a config that was read back: nested dicts, maybe of another release."""
     left_out = NOT_IDENTITY if with_paths else NOT_IDENTITY | {"data": NOT_IDENTITY["data"] + PATHS}
     if isinstance(values.get("data"), dict) and values["data"].get("packed") is not None:
-        # Where a store lies is no identity. What it holds is: a checkpoint keeps the index's hash.
-        values = values | {"data": values["data"] | {"packed": "a store"}}
+        # Where a store lies is no identity, nor how many bad images it may have. What it holds is:
+        # checkpoint and provenance keep the hash of its index and of the rows that are left.
+        values = values | {"data": values["data"] | {"packed": "a store", "max_bad_images": 0}}
     return {
         section: {k: v for k, v in content.items() if k not in left_out.get(section, ())}
         if isinstance(content, dict)

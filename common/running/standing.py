@@ -25,6 +25,7 @@ from common.running.folder import (
 from common.running.progress import say, say_once
 from common.running.provenance import csv_hashes, once_a_file
 from common.running.schema import read_yaml
+from common.store import stored_hash
 
 PARTS = ("train_rows", "train", "val", "val_offline", "label_free")  # of result.json: dicts
 KEYS = ("method", "backbone", "seed", "train_defect_proportion", "epochs", "seconds", *PARTS)
@@ -104,7 +105,7 @@ def standing(folder, cfg, is_held=False):
         if not is_done:
             return None, None
         read_result(folder)
-        return "finished", _compare_csvs(folder, cfg.data)
+        return "finished", _compare_data(folder, cfg.data)
     except UserError as error:
         return "refused", str(error)
 
@@ -149,16 +150,20 @@ def read_result(folder):
     return result
 
 
-def _compare_csvs(folder, data):
-    """None where the CSVs are those the run was made of, or a note on what was not compared.
+def _compare_data(folder, data):
+    """None where CSVs and store are those the run was made of, or a note on what was not compared.
 
     data: the section of the config. Raises UserError where one has changed.
     """
-    kept = (read_json(folder / PROVENANCE) or {}).get("csv_sha256")
+    made = read_json(folder / PROVENANCE) or {}
+    kept = made.get("csv_sha256")
     if not isinstance(kept, dict):
         return f"not compared with its CSVs: its {PROVENANCE} has no hash of them"
-    unknown = []
-    for key, now in csv_hashes(data).items():
+    unknown, found = [], csv_hashes(data)
+    if data.packed is not None:
+        kept = kept | {"packed": (made.get("data_sha256") or {}).get("packed")}
+        found["packed"] = stored_hash(data.packed)
+    for key, now in found.items():
         path = getattr(data, key)
         if now is None or kept.get(key) is None:
             unknown.append(path)
