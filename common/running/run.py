@@ -203,10 +203,10 @@ class Run:
 
     def _save(self, state):
         content = state.capture()
+        for name in ("model", "probe", "loss_sum"):  # the same on all ranks, so all end by it
+            check_finite(name, content[name])
         if not self.is_first:
             return
-        for name in ("model", "probe", "loss_sum"):
-            check_finite(name, content[name])
         self.log.sync()
         content = {
             "model": content.pop("model"),

@@ -10,8 +10,8 @@ from common.study.grid import state, training_subset
 def cost_key(run):
     """Runs of one key take about the same time an image."""
     cfg = run.cfg
-    frozen = "random " if cfg.run.frozen_encoder else ""
-    return f"{frozen}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
+    kinds = "random " * cfg.run.frozen_encoder + "packed " * (cfg.data.packed is not None)
+    return f"{kinds}{cfg.method} {cfg.backbone} {cfg.patch_size or ''} {cfg.data.image_size} px"
 
 
 def data_key(run):
