@@ -42,8 +42,9 @@ def table(lines):
         peer = f"at most {_number(line['target'])}" if limit else _number(line["peer"])
         met = "met" if line["ratio"] >= least else "**missed**"
         numbers = [_number(line["ours"]), peer, line["unit"], f"{line['ratio']:.2f}"]
-        more = "".join(f"; {k} {_number(v)}" for k, v in line.items() if k not in KEYS)
-        rows.append(f"| {line['name']} | {' | '.join(numbers)} | {least:g} | {met}{more} |")
+        more = [(k, v) for k, v in line.items() if k not in KEYS and isinstance(v, (int, float))]
+        met += "".join(f"; {k} {_number(v)}" for k, v in more)
+        rows.append(f"| {line['name']} | {' | '.join(numbers)} | {least:.3g} | {met} |")
     return rows
 
 
