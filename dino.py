@@ -225,7 +225,7 @@ def main(argv=None):
     run.resume(state, sampler.steps_per_epoch)
     ddp = wrap(model, run.device, cfg.run.compile, cfg.run.deterministic)
     warmup_steps = opt.warmup_epochs * sampler.steps_per_epoch
-    if frozen and run.step == 0:
+    if frozen and not run.pretrained and run.step == 0:
         settle_batchnorm(model, train_loader, augment, run.device, autocast)
     # --- end shared ---
 
@@ -233,7 +233,7 @@ def main(argv=None):
     temperature_steps = ssl.warmup_temperature_epochs * sampler.steps_per_epoch
 
     for epoch in run.epochs():
-        model.train()
+        model.train(not run.pretrained)
         for step, batch in run.steps(train_loader):  # goes on in mid-epoch after a resume
             # --- shared: batch ---
             batch = batch.to(run.device)

@@ -3,9 +3,10 @@
     python -m common.compare RUN_FOLDER [RUN_FOLDER ...] --out compare.png
 
 All scores are of the same validation set: those of runs by the offline probe, those of the
-thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. The last score is of
-a regression on all labelled rows of the training CSV, the same for every run: it compares features
-where runs had different numbers of labels.
+thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. "all labels": of a
+regression on all labelled rows of the training CSV, the same for every run: it compares features
+where runs had different numbers of labels. "knn" and "Mahalanobis": of the distance to normal
+training images, which needs no defect.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from common.annotations import read_annotations
 from common.augmentations import resize_squash
 from common.metrics import METRICS, all_scores, without_values
+from common.normal_only import NAMES, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
 from common.running.errors import UserError
@@ -32,10 +34,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 THUMBNAIL = 16  # pixels
-SHOWN = (("own", "f1"), ("own", "auroc"), ("own", "average_precision"), ("fixed", "auroc"))
-LABELS = [METRICS[key] + (", all labels" if which == "fixed" else "") for which, key in SHOWN]
+SHOWN = (
+    *(("own", "f1"), ("own", "auroc"), ("own", "average_precision")),
+    *((which, "auroc") for which in ("fixed", "knn", "mahalanobis")),
+)
+OF = {"own": "", "fixed": ", all labels", "knn": ", knn", "mahalanobis": ", Mahalanobis"}
+LABELS = [METRICS[key] + OF[which] for which, key in SHOWN]
+FROZEN = {"random": "random encoder", "pretrained": "given encoder"}  # methods in print
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
-BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
 
 
 class Entry(NamedTuple):
@@ -44,11 +51,13 @@ class Entry(NamedTuple):
     name: str
     own: dict  # scores of the probe that is fitted on the run's own rows
     fixed: dict  # of the one that is fitted on all labelled rows
+    normal_only: dict  # {knn: scores, mahalanobis: scores}
     logits: np.ndarray  # (N,) of the validation set; NaN where no probe could be fitted
 
     def score(self, which, key):
-        """which: own | fixed; None where there is none."""
-        return getattr(self, which).get(key)
+        """which: own | fixed | knn | mahalanobis; None where there is none."""
+        scores = self.normal_only.get(which) or getattr(self, which, {})
+        return scores.get(key)
 
 
 def read_run(folder):
@@ -82,7 +91,8 @@ def floors(config, folder, val, images):
         raise UserError(f"{data['train_csv']} and {data['val_csv']}: no longer those of {folder}")
     how = val["label"], val["classes"], tuple(val["class_names"])
     on = fits(train.defect, rows, config["seed"])
-    union = np.union1d(*(of for of, _ in on.values()))
+    normals = reference_rows(train.defect, rows, config["seed"])
+    union = np.unique(np.concatenate([normals, *(of for of, _ in on.values())]))
     pixels = thumbnails(images, train, union, "training thumbnails")
     val_pixels = thumbnails(images, annotations, range(len(val["label"])), "validation thumbnails")
     everything = np.ones(len(val["label"]))
@@ -95,9 +105,11 @@ def floors(config, folder, val, images):
         logits = everything * np.nan if probe is None else apply_probe(probe, val_pixels).numpy()
         scores.append(without_values(trivial, why) if probe is None else all_scores(logits, *how))
         all_logits.append(logits)
+    reference = NormalReference(pixels[np.searchsorted(union, normals)], train.filename[normals])
+    distances = normal_only_scores(reference, reference.scores(val_pixels), val["label"], ())
     return [
-        Entry("all-defect", trivial, trivial, everything),
-        Entry("16x16 thumbnails", *scores, all_logits[0]),
+        Entry("all-defect", trivial, trivial, dict.fromkeys(NAMES, trivial), everything),
+        Entry("16x16 thumbnails", *scores, distances, all_logits[0]),
     ]
 
 
@@ -110,8 +122,11 @@ def collect(folders):
     for folder, _, result, arrays in runs:
         if not np.array_equal(arrays["filename"], val["filename"]):
             raise UserError(f"{folder} and {first} were scored on different validation sets")
-        name = {"random": "random encoder"}.get(result["method"], result["method"])
-        scores = result["val_offline"], result.get("val_offline_fixed", {})
+        name = FROZEN.get(result["method"], result["method"])
+        scores = (
+            result["val_offline"],
+            *(result.get(f"val_{which}", {}) for which in ("offline_fixed", "normal_only")),
+        )
         logits = arrays["logit_offline"]
         if np.isnan(logits).any():  # too few labels of its own
             logits = arrays.get("logit_offline_fixed", logits)
@@ -163,9 +178,9 @@ def picture(entries, val, images, path, columns=8):
     width = 0.8 / len(SHOWN)
     for k, (shown, name, colour) in enumerate(zip(SHOWN, LABELS, BAR_COLOURS, strict=True)):
         values = [entry.score(*shown) or 0.0 for entry in entries]
-        places = np.arange(len(entries)) + (k - 1.5) * width
+        places = np.arange(len(entries)) + (k - (len(SHOWN) - 1) / 2) * width
         drawn = bars.bar(places, values, width * 0.95, label=name, color=colour)
-        bars.bar_label(drawn, fmt="%.2f", fontsize=9)
+        bars.bar_label(drawn, fmt="%.2f", fontsize=8)
     bars.set_xticks(range(len(entries)), [entry.name for entry in entries])
     bars.set_ylim(0, 1.1)
     bars.set_ylabel("score on validation")

@@ -96,6 +96,11 @@ def _collate(samples):
     return default_collate(samples)
 
 
+def cores():
+    """That this process may use: a job's, not a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from common.annotations import read_annotations
 from common.augmentations import resize
-from common.data import batches, make_loader
+from common.data import batches, cores, make_loader
 from common.images import ImageFolder
 from common.running.errors import ImageError, UserError
 from common.running.folder import read_json, write_json
@@ -195,11 +195,6 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
         raise UserError(f"{what}; what is packed is kept, the same command goes on") from None
 
 
-def _cores():
-    """That this process may use: a job's, not a machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 @entry_point
 def main(argv=None):
     """Command line; see the module's first lines."""
@@ -211,7 +206,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=path_argument, metavar="DIR")
     parser.add_argument("--form", choices=("jpeg", "raw"), default="jpeg")
     parser.add_argument("--short-side", type=int, default=SHORT_SIDE, metavar="PX")
-    parser.add_argument("--workers", type=int, default=_cores(), metavar="N")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N")
     args = parser.parse_args(argv)
     if args.short_side < 1 or args.workers < 0:
         raise UserError("--short-side is at least 1, --workers at least 0")

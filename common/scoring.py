@@ -1,4 +1,4 @@
-"""What a run is scored by: the online probe on train and val, the offline probe, label-free.
+"""What a run is scored by: the online and the offline probes, normals alone, label-free measures.
 
 Deviation: validation: on clean images; the study's Tables 1, 3 and 4 are on augmented views.
 """
@@ -14,6 +14,7 @@ from common.annotations import Annotations
 from common.data import clean_loader
 from common.distributed import broadcast_buffers
 from common.metrics import all_scores, without_values
+from common.normal_only import REFERENCE, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import evaluate, pos_weight
 from common.rankme import label_free
@@ -78,7 +79,7 @@ class Scoring:
         return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:MOST_FEATURES])
 
     def final(self, model, probe, train_scores, folder):
-        """Score for the last time; write val_scores.npz, features_val.npz and offline_probe.npz.
+        """Score for the last time; write val_scores, features_val, offline_probe, normal_features.
 
         All ranks call it; only rank 0 writes, fits the offline probes and gets a result, a dict.
         """
@@ -86,7 +87,9 @@ class Scoring:
             self.validate(model, probe)
         val_scores, measures, features, embeddings, logits, why = self._last
         on = fits(self.train.defect, self.train_rows, self.seed)
-        rows, train_features = self._train_features(model, np.union1d(*(r for r, _ in on.values())))
+        normals = reference_rows(self.train.defect, self.train_rows, self.seed)
+        needed = np.unique(np.concatenate([normals, *(of for of, _ in on.values())]))
+        rows, train_features = self._train_features(model, needed)
         if self.rank != 0:
             return None
         threads = torch.get_num_threads()
@@ -98,12 +101,21 @@ class Scoring:
             results[name], all_logits[f"logit_{name}"], probes[name] = self._offline(
                 train_features[np.searchsorted(rows, of)], self.train.defect[of], features, seed
             )
+        reference = NormalReference(
+            train_features[np.searchsorted(rows, normals)], self.train.filename[normals]
+        )
+        distances = reference.scores(features)
         torch.set_num_threads(threads)
+        reference.save(Path(folder) / REFERENCE)
+        all_logits |= {f"score_{name}": values for name, values in distances.items()}
         self._write_arrays(Path(folder), features, embeddings, all_logits, probes)
         return {
             "train": train_scores,
             "val": val_scores,
             **{f"val_{name}": scores for name, scores in results.items()},
+            "val_normal_only": normal_only_scores(
+                reference, distances, self.val.defect, PREVALENCES
+            ),
             "val_at": {str(p): self._val_scores(logits, why, p) for p in PREVALENCES},
             "label_free": measures,
         }

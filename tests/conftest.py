@@ -66,6 +66,14 @@ def tiny_set(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("set") / "tiny", unlabelled=8)
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_set, tmp_path_factory):
+    """Folder of a finished run of seconds: SimCLR, ResNet-18 at 32 px on the tiny set."""
+    import small
+
+    return small.run("simclr", tmp_path_factory.mktemp("finished"), tiny_set, "simclr")
+
+
 TINY = [
     "data.image_size=32",
     "data.train_defect_proportion=0.25",

@@ -6,7 +6,7 @@ from conftest import TINY, write_set
 from PIL import Image
 from small import run
 
-from common.compare import collect, main, table
+from common.compare import SHOWN, collect, main, table
 from common.running.errors import UserError
 from common.running.folder import read_json
 
@@ -35,8 +35,13 @@ def test_the_table_has_the_floors_and_every_run(runs):
     for folder, entry in zip(runs, entries[2:], strict=True):
         result = read_json(folder / "result.json")
         assert entry.own == result["val_offline"] and entry.fixed == result["val_offline_fixed"]
+        distances = result["val_normal_only"]
+        assert entry.score("knn", "auroc") == distances["knn"]["auroc"] > 0.5
+        assert entry.score("mahalanobis", "auroc") == distances["mahalanobis"]["auroc"] > 0.5
+    assert entries[1].score("knn", "auroc") > 0.9 and entries[0].score("knn", "auroc") == 0.5
     text = table(entries, val)
-    assert text.splitlines()[-1].split()[-1] == f"{entries[-1].fixed['auroc']:.3f}"
+    last = [f"{entries[-1].score(*shown):.3f}" for shown in SHOWN]
+    assert text.splitlines()[-1].split()[-len(SHOWN) :] == last
     assert "24 labelled images, 8 defects" in text and len(text.splitlines()) == 6
 
 
@@ -54,7 +59,7 @@ def test_a_run_without_labels_of_its_own_is_in_the_table(tmp_path, capsys):
     folder = run("simclr", tmp_path, blind, "blind", *quick)
     main([str(folder), "--out", str(tmp_path / "blind.png")])
     line = capsys.readouterr().out.splitlines()[-2]
-    assert line.startswith("simclr, resnet18") and line.split()[2:] == ["-"] * 4
+    assert line.startswith("simclr, resnet18") and line.split()[2:] == ["-"] * len(SHOWN)
     assert (tmp_path / "blind.png").exists()
 
 

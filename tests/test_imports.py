@@ -29,6 +29,7 @@ COMMANDS = (
     "synthetic",
     "pack",
     "compare",
+    "predict",
     "sets/deeppcb",
 )  # the rest of common/ itself is the science
 FOR_ALL = {f"common.running.{name}" for name in ("keyed", "errors", "progress")}
@@ -40,14 +41,15 @@ def room(path):
     if name in COMMANDS:
         return "commands"
     folder = name.split("/")[0]
-    return folder if folder in ("running", "sets", "study") else "science"
+    return folder if folder in ("running", "sets", "study", "inspection") else "science"
 
 
 MAY_IMPORT = {
     "science": ("science",),
     "sets": ("science", "sets"),
     "running": ("science", "running"),
-    "commands": ("science", "running", "sets", "commands"),
+    "inspection": ("science", "running", "inspection"),
+    "commands": ("science", "running", "sets", "inspection", "commands"),
     "study": ("science", "running", "sets", "study"),
 }
 

@@ -67,7 +67,7 @@ def test_every_mark_names_its_topic():
 
 
 def test_files_that_they_name_are_there():
-    named = re.findall(r"\b(?:common|configs|tests|docs)/[\w./]*\w", ALL)
+    named = re.findall(r"\b(?:common|configs|tests|docs)/[\w./-]*\w", ALL)
     named += [word for word in inline(ALL) if re.fullmatch(r"[\w./]+\.(py|sh|toml)", word)]
     layout = re.search(r"```\n(.*?)```", section("README.md", "Layout"), re.S)[1]
     named += [word for line in layout.splitlines() for word in line.split("  ")[0].split()]
@@ -98,7 +98,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_links_every_page():
     assert {f"({page})" for page in PAGES if page != "README.md"} <= {
-        f"({path})" for path in re.findall(r"\]\((docs/\w+\.md)", README)
+        f"({path})" for path in re.findall(r"\]\((docs/[\w-]+\.md)", README)
     }
 
 
@@ -138,23 +138,6 @@ def test_every_file_array_and_group_of_scores_is_explained(folder):
     result = read_json(folder / "result.json")
     groups = {key for key, value in result.items() if isinstance(value, dict)} - {"train_rows"}
     assert groups <= {*re.findall(r"^\| `(\w+)` \|", section("docs/keys.md", "Scores"), re.M)}
-
-
-def test_new_images_are_scored_as_the_run_scored_them(folder, tiny_set, capsys):
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", section("docs/keys.md", "Use what was trained"), re.M | re.S
-    )
-    lines = len(code.splitlines())
-    assert f"[{lines} lines of Python]" in README
-    images = tiny_set[0].partition("=")[2]
-    assert 'Path("runs/RUN"), Path("new_images")' in code
-    capsys.readouterr()
-    exec(code.replace("runs/RUN", str(folder)).replace("new_images", images), {})
-    got = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    with np.load(folder / "val_scores.npz") as stored:
-        names, logits = stored["filename"].astype(str), stored["logit_offline"]
-    assert len(names) < len(got)
-    np.testing.assert_allclose([float(got[n]) for n in names], logits, rtol=1e-3, atol=1e-3)
 
 
 # ---- commands ----

@@ -29,7 +29,7 @@ from common.study.results import (
     spearman,
     with_variants,
 )
-from common.study.tables import in_print, performance, probes, resolution, setting
+from common.study.tables import in_print, normal_only, performance, probes, resolution, setting
 
 PAPER = ROOT / "configs/grid/paper.yaml"
 RNG = np.random.default_rng(0)
@@ -122,6 +122,24 @@ def test_the_three_probes_stand_side_by_side(complete):
     without = {k: v for k, v in result.items() if k != "val_offline_fixed"}  # an earlier release's
     older = dataclasses.replace(entries[0], result=without)
     assert probes([older]).rows[0][-1] is None
+
+
+def test_scores_that_need_normals_only_have_a_table(complete):
+    runs, folder = complete
+    rows, (entry, *_) = read_csv(folder / "normal_only.csv"), collect(runs[:1])[0]
+    (row,) = [
+        r
+        for r in rows
+        if all(r[k] == v for k, v in zip(r, in_print(*setting(entry)), strict=False))
+    ]
+    found = entry.result["val_normal_only"]
+    for name in ("knn", "mahalanobis"):
+        assert float(row[f"AUROC, {name}"]) == found[name]["auroc"]
+        assert float(row[f"average precision, {name}"]) == found[name]["average_precision"]
+    assert float(row["AUROC, offline probe"]) == entry.result["val_offline"]["auroc"]
+    without = {k: v for k, v in entry.result.items() if k != "val_normal_only"}
+    older = dataclasses.replace(entry, result=without)
+    assert normal_only([older]).rows[0][4:8] == [None] * 4
 
 
 def test_numbers_stand_beside_the_papers(complete):

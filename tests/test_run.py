@@ -326,6 +326,12 @@ def test_training_on_one_class_is_no_mistake_but_gives_no_scores(tmp_path, tiny_
     assert result["val"]["n"] == 24 and result["label_free"]["rankme"] > 1
     with np.load(folder / "val_scores.npz") as stored:
         assert all(np.isnan(stored[name]).all() for name in stored.files if "logit" in name)
+        assert np.isfinite(stored["score_knn"]).all() == (label == "0")
+    distances = result["val_normal_only"]["knn"]
+    if label == "0":
+        assert distances["auroc"] > 0.5 and distances["undefined"] == {}
+    else:
+        assert "0 normal training images" in distances["undefined"]["auroc"]
     with pytest.raises(SystemExit) as stop:
         run("supervised", tmp_path, overrides, "supervised", *overrides)
     assert stop.value.code == 2

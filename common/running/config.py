@@ -78,6 +78,7 @@ class RunOptions:
     name: str | None
     compile: Literal["auto"] | bool
     val_every_epochs: Count
+    init_from: FilePath | None  # a run's folder or a file of weights: where the encoder starts
     frozen_encoder: bool
     log_every: Count  # steps
     checkpoint_every_steps: Count
@@ -201,6 +202,13 @@ def differences(old, new, path=""):
     return lines
 
 
+def method_name(cfg):
+    """What a result is of: a frozen encoder is none of its script's method."""
+    if not cfg.run.frozen_encoder:
+        return cfg.method
+    return "random" if cfg.run.init_from is None else "pretrained"
+
+
 def run_name(cfg):
     """Folder name of a run: method_backbone_p45_s42_<hash of the resolved config>.
 
@@ -211,6 +219,5 @@ def run_name(cfg):
     proportion = cfg.data.train_defect_proportion
     p = "all" if proportion is None else f"{100 * proportion:g}"
     text = json.dumps(without_nulls(identity(cfg, with_paths=True)), sort_keys=True)
-    method = "random" if cfg.run.frozen_encoder else cfg.method
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{method}_{cfg.backbone}_p{p}_s{cfg.seed}_{digest}"
+    return f"{method_name(cfg)}_{cfg.backbone}_p{p}_s{cfg.seed}_{digest}"

@@ -16,6 +16,7 @@ import torch
 
 from common.running.folder import PROVENANCE, read_json, versions, write_json
 from common.running.progress import say
+from common.running.weights import weights_file
 
 SCRIPT, DIFF = "script.py", "git.diff"
 LARGEST_DIFF = 1 << 20  # bytes
@@ -59,6 +60,8 @@ def add(folder, cfg, place, step, data_sha):
         "step": step,
         "data_sha256": data_sha,
         "csv_sha256": csv_hashes(cfg.data),
+        "init_from": cfg.run.init_from,
+        "init_from_sha256": init_hash(cfg.run.init_from),
     }
     write_json(folder / PROVENANCE, start | {"earlier_starts": earlier})
 
@@ -108,6 +111,13 @@ def csv_hashes(data):
         except OSError:
             hashes[key] = None
     return hashes
+
+
+def init_hash(path):
+    """sha256 of the file of a `run.init_from`; None without, or where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path and _sha256(weights_file(path))
+    return None
 
 
 def once_a_file(read):

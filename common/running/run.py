@@ -11,16 +11,9 @@ from common.annotations import count_labels, subset_text
 from common.data import batches
 from common.distributed import all_reduce_mean, all_reduce_means
 from common.rankme import embedding_std, is_collapsed
+from common.running import checkpoint, provenance, standing
 from common.running import folder as files
-from common.running import provenance, standing
-from common.running.checkpoint import (
-    LAST,
-    check_finite,
-    check_same_run,
-    load_checkpoint,
-    save_checkpoint,
-)
-from common.running.config import identity, run_name
+from common.running.config import identity, method_name, run_name
 from common.running.log import RunLog, epoch_line, epoch_record, none_for_nan
 from common.running.overflow import OverflowGuard
 from common.running.process import (
@@ -32,6 +25,7 @@ from common.running.process import (
     start_process,
 )
 from common.running.progress import Progress, Stopwatch, clock, say
+from common.running.weights import init_encoder
 from common.scoring import summary
 
 
@@ -51,7 +45,7 @@ class Run:
         run.is_first = run.rank == 0
         run.folder = Path(cfg.run.output_dir) / run_name(cfg)
         run.stop = StopSignal()
-        run.method = "random" if cfg.run.frozen_encoder else cfg.method
+        run.pretrained = method_name(cfg) == "pretrained"  # its statistics stay, too
         if on_first_rank(run._open):
             say(f"{run.folder} is finished: see {files.RESULT} there")
             raise Finished
@@ -79,11 +73,14 @@ class Run:
         self.total_steps = steps_per_epoch * self.cfg.optimization.epochs
         self.step = self.epochs_done = 0
         self._watch = Stopwatch()
-        saved, name = load_checkpoint(self.folder, warn=say)
-        self._last_is_whole = name == LAST
+        saved, name = checkpoint.load_checkpoint(self.folder, warn=say)
+        self._last_is_whole = name == checkpoint.LAST
         log_size = 0
-        if saved is not None:
-            check_same_run(self.folder, saved, identity(self.cfg, False), self._must_stay())
+        if saved is None and self.cfg.run.init_from:
+            init_encoder(state.model, self.cfg.run.init_from)
+        elif saved is not None:
+            own = identity(self.cfg, with_paths=False)
+            checkpoint.check_same_run(self.folder, saved, own, self._must_stay())
             if saved["versions"] != files.versions():
                 say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
             state.restore(saved["state"] | {"model": saved["model"]}, self.rank)
@@ -160,7 +157,7 @@ class Run:
         record = {"loss": loss, "probe_loss": float(probe_loss), **rates, "embedding_std": std}
         record |= {"loss_scale": self._guard.scale(), "skipped_steps": state.skipped_steps}
         if not self._guard.enabled:
-            check_finite(f"the loss at step {self.step}", loss)
+            checkpoint.check_finite(f"the loss at step {self.step}", loss)
         self._note = f"loss {loss:.4f}"
         self._write("step", none_for_nan(record | {"diagnostics": notes}))
         if ends_epoch and not self.cfg.run.frozen_encoder and is_collapsed(std, notes):
@@ -190,7 +187,7 @@ class Run:
         """
         val, label_free = validation or (None, None)
         loss = state.mean_loss()
-        check_finite(f"the loss at step {self.step}", loss)
+        checkpoint.check_finite(f"the loss at step {self.step}", loss)
         if self.step == self.total_steps:
             self._guard.check_end(self.step)
         scores = {"train": train, "val": val}
@@ -204,7 +201,7 @@ class Run:
     def _save(self, state):
         content = state.capture()
         for name in ("model", "probe", "loss_sum"):  # the same on all ranks, so all end by it
-            check_finite(name, content[name])
+            checkpoint.check_finite(name, content[name])
         if not self.is_first:
             return
         self.log.sync()
@@ -220,7 +217,7 @@ class Run:
             "train_seconds": self._watch.training,
             "log_size": self.log.size(),
         }
-        save_checkpoint(self.folder, content, keep_last=self._last_is_whole)
+        checkpoint.save_checkpoint(self.folder, content, keep_last=self._last_is_whole)
         self._last_is_whole = True
 
     def _must_stay(self):
@@ -233,7 +230,7 @@ class Run:
         self._progress.close()
         if self.is_first:
             content = {
-                "method": self.method,
+                "method": method_name(self.cfg),
                 "backbone": self.cfg.backbone,
                 "seed": self.cfg.seed,
                 "train_defect_proportion": self.cfg.data.train_defect_proportion,

@@ -23,7 +23,7 @@ from common.running.folder import (
     write_config,
 )
 from common.running.progress import say, say_once
-from common.running.provenance import csv_hashes, once_a_file
+from common.running.provenance import csv_hashes, init_hash, once_a_file
 from common.running.schema import read_yaml
 from common.store import stored_hash
 
@@ -105,7 +105,7 @@ def standing(folder, cfg, is_held=False):
         if not is_done:
             return None, None
         read_result(folder)
-        return "finished", _compare_data(folder, cfg.data)
+        return "finished", _compare_data(folder, cfg.data, cfg.run.init_from)
     except UserError as error:
         return "refused", str(error)
 
@@ -150,26 +150,30 @@ def read_result(folder):
     return result
 
 
-def _compare_data(folder, data):
-    """None where CSVs and store are those the run was made of, or a note on what was not compared.
+def _compare_data(folder, data, init_from):
+    """None where CSVs, store and first weights are those that the run was made of, or a note on
+    what was not compared.
 
     data: the section of the config. Raises UserError where one has changed.
     """
     made = read_json(folder / PROVENANCE) or {}
-    kept = made.get("csv_sha256")
-    if not isinstance(kept, dict):
+    if not isinstance(made.get("csv_sha256"), dict):
         return f"not compared with its CSVs: its {PROVENANCE} has no hash of them"
-    unknown, found = [], csv_hashes(data)
+    now = csv_hashes(data)
+    compared = [
+        (f"data.{key}", getattr(data, key), made["csv_sha256"].get(key), now[key]) for key in now
+    ]
     if data.packed is not None:
-        kept = kept | {"packed": (made.get("data_sha256") or {}).get("packed")}
-        found["packed"] = stored_hash(data.packed)
-    for key, now in found.items():
-        path = getattr(data, key)
-        if now is None or kept.get(key) is None:
-            unknown.append(path)
-        elif now != kept[key]:
+        kept = (made.get("data_sha256") or {}).get("packed")
+        compared.append(("data.packed", data.packed, kept, stored_hash(data.packed)))
+    if init_from is not None:
+        kept = made.get("init_from_sha256")
+        compared.append(("run.init_from", init_from, kept, init_hash(init_from)))
+    for key, path, kept, found in compared:
+        if None not in (kept, found) and kept != found:
             raise UserError(
-                f"{folder} is finished, but {path} (data.{key}) has changed since; put it back as "
-                f"it was, {OTHERWISE}"
+                f"{folder} is finished, but {path} ({key}) has changed since; put it back as it "
+                f"was, {OTHERWISE}"
             )
+    unknown = [path for _, path, kept, found in compared if None in (kept, found)]
     return f"not compared with {', '.join(unknown)}: cannot be read" if unknown else None

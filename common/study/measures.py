@@ -21,7 +21,7 @@ def measures(finished):
     runs. RankMe is divided by the largest that its matrix could have, so that embeddings of
     different widths can be pooled.
     """
-    trained = [e for e in finished if e.result["method"] != "random"]
+    trained = [e for e in finished if e.result["method"] not in ("random", "pretrained")]
     groups = {("all", "all trained"): trained}
     groups |= settings(finished, lambda e: (e.backbone, e.method))
     rows = []

@@ -132,6 +132,7 @@ def _main_steps(page, main, probe, draws):
     for split in ("val", "train"):
         yield lambda s=split: page.add_table(tables.performance(main, s))
     yield lambda: page.add_table(tables.probes(main))
+    yield lambda: page.add_table(tables.normal_only(main))
     for backbone, entries in settings(main, lambda e: e.backbone).items():
         name = tables.backbone_name(backbone)
         for part, metrics in (

@@ -4,6 +4,7 @@ import numpy as np
 
 from common.annotations import DEFECT
 from common.metrics import METRICS, THRESHOLD, all_scores
+from common.normal_only import NAMES, OF_RANKING
 from common.study.evaluate import draw_subsets
 from common.study.results import (
     PREVALENCES,
@@ -87,9 +88,7 @@ def probes(finished, metric="auroc"):
     for key, entries in settings(finished, setting).items():
         found = []
         for split in ("val", "val_offline", "val_offline_fixed"):
-            values = [e.result.get(split, {}).get(metric) for e in entries]
-            values = [value for value in values if value is not None]
-            found.append(float(np.mean(values)) if values else None)
+            found.append(_mean(e.result.get(split, {}).get(metric) for e in entries))
         rows.append([*in_print(*key), len(entries), *found])
     name = METRICS[metric]
     return Table(
@@ -103,6 +102,35 @@ def probes(finished, metric="auroc"):
         (*SETTING, "seeds", "online", "offline", "offline, fixed"),
         rows,
     )
+
+
+def normal_only(finished):
+    """Scores that need normals only, beside the offline probe's; a row a setting."""
+    rows = []
+    for key, entries in settings(finished, setting).items():
+        row = [*in_print(*key), len(entries)]
+        for name in NAMES:
+            for metric in OF_RANKING[:2]:
+                found = (e.result.get("val_normal_only", {}).get(name, {}) for e in entries)
+                row.append(_mean(scores.get(metric) for scores in found))
+        rows.append([*row, _mean(e.result["val_offline"]["auroc"] for e in entries)])
+    scores = [f"{METRICS[metric]}, {name}" for name in NAMES for metric in OF_RANKING[:2]]
+    return Table(
+        "normal_only",
+        "With normals only",
+        "How well the distance to normal training images ranks validation, without a label of a "
+        "defect: knn, mean cosine distance to the 5 nearest of at most 10,000; mahalanobis, with a "
+        "shrunk covariance. Mean over seeds; beside it the offline probe, which has labels. The "
+        "encoder may have seen defects in pre-training. A score is worth what it is above the "
+        "random encoder's.",
+        (*SETTING, "seeds", *scores, "AUROC, offline probe"),
+        rows,
+    )
+
+
+def _mean(values):
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _everything_a_defect(finished):

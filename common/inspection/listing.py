@@ -1,0 +1,78 @@
+"""Image files that a command line names: files, folders, or the names of a CSV."""
+
+import csv
+import os
+
+import numpy as np
+
+from common.label_table import normal_name, refuse
+from common.running.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of images in a folder
+
+
+def list_images(paths, image_root=None):
+    """(root, (N,) file names below it as bytes, each once, how many other files were passed over).
+
+    paths: files and folders, or one CSV with a column Filename; image_root: what names are relative
+    to, otherwise the one folder, the CSV's folder, or the deepest folder that holds all. A folder's
+    files come in the order of their names. Raises UserError naming what is not there.
+    """
+    if len(paths) == 1 and paths[0].lower().endswith((".csv", ".tsv")):
+        root = image_root or os.path.dirname(paths[0]) or "."
+        return os.path.realpath(root), _array(_names(paths[0])), 0
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file or folder")
+    folders = [path if os.path.isdir(path) else os.path.dirname(path) or "." for path in paths]
+    root = os.path.realpath(image_root or os.path.commonpath(map(os.path.abspath, folders)))
+    found, others = {}, 0
+    for path, folder in zip(paths, folders, strict=True):
+        at = os.path.realpath(folder)
+        below = at == root or at.startswith(os.path.join(root, ""))
+        if not below:
+            raise UserError(f"{path}: not below --image-root {root}")
+        if folder != path:
+            found[os.path.relpath(os.path.join(at, os.path.basename(path)), root)] = None
+            continue
+        for place, inside, files in os.walk(at):
+            inside.sort()
+            images = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+            others += len(files) - len(images)
+            prefix = "" if place == root else os.path.relpath(place, root) + os.sep
+            found |= dict.fromkeys(prefix + name for name in images)
+    if not found:
+        raise UserError(f"{', '.join(paths)}: no images ({' '.join(SUFFIXES)})")
+    return root, _array(name.replace(os.sep, "/") for name in found), others
+
+
+def _array(names):
+    return np.array(list(map(os.fsencode, names)))
+
+
+def _names(path):
+    """The names in a CSV's column Filename, normalised, each once."""
+    found, refused = {}, []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            head = file.readline()
+            delimiter = max(",;\t", key=head.count)
+            header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+            if "Filename" not in header:
+                raise UserError(f"{path}: column 'Filename' is missing")
+            column, reader = header.index("Filename"), csv.reader(file, delimiter=delimiter)
+            for row in reader:
+                try:
+                    if row:
+                        found[normal_name(row[column] if column < len(row) else "")] = None
+                except ValueError as why:
+                    refused.append((reader.line_num + 1, str(why)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV in UTF-8 ({type(error).__name__})") from None
+    if refused:
+        refuse(path, refused)
+    if not found:
+        raise UserError(f"{path}: there is a header, but no row")
+    return found

@@ -1,0 +1,123 @@
+"""scores.csv of `python -m common.predict`, with its scores.json; and as far as a stop let it get.
+
+A row an image: file, score, probability, decision; unreadable images last, without numbers.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+from common.running.errors import UserError
+from common.running.folder import read_json, write_json
+
+COLUMNS = ("file", "score", "probability", "decision")
+DEFECT, NORMAL, UNREADABLE = "defect", "normal", "unreadable"  # decisions
+
+
+def sidecar(path):
+    """scores.json beside scores.csv."""
+    return Path(path).with_suffix(".json")
+
+
+class Part:
+    """scores.csv.part: a line of what determines the scores, then one an image, as far as it got.
+
+    A line is a score, or `!` and why there is none.
+    """
+
+    def __init__(self, out, header):
+        """header: plain types. Raises UserError where what is there is of another."""
+        self.path, self.lines = Path(f"{out}.part"), []
+        first = json.dumps(header, sort_keys=True)
+        with contextlib.suppress(FileNotFoundError):
+            there = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            if there and there[0] != f"{first}\n":
+                raise UserError(
+                    f"{self.path}: begun with another run or other images; give that command again "
+                    "to end it, or --force to forget it"
+                )
+            self.lines = _whole(there[1:])
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (see close)
+        self._file.writelines([f"{first}\n", *self.lines])
+        self._file.flush()
+
+    def add(self, lines):
+        """Lines of the images that come next."""
+        self.lines += lines
+        self._file.writelines(lines)
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def line_of(score):
+    """A line of a score, or of a text that says why there is none."""
+    return f"!{' '.join(score.split())}\n" if isinstance(score, str) else f"{score}\n"
+
+
+def _whole(lines):
+    """The lines up to the first that a kill or a full disk left broken."""
+    for i, line in enumerate(lines):
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n") and (line.startswith("!") or math.isfinite(float(line))):
+                continue
+        return lines[:i]
+    return lines
+
+
+def files_hash(filename):
+    """sha256 of names, in their order. filename: (N,) bytes."""
+    return hashlib.sha256(b"\n".join(filename.tolist())).hexdigest()
+
+
+def write_scores(out, filename, lines, probability, threshold, about):
+    """scores.csv and scores.json; returns {file: why} of the unreadable.
+
+    filename: (N,) bytes; lines: as in a Part; probability: score -> number, or None; threshold: the
+    score from which on an image is flagged, or None; about: more for the JSON.
+    """
+    bad, flagged, new = {}, 0, f"{out}.new"
+    with open(new, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for name, line in zip(filename, lines, strict=True):
+            name = name.decode(errors="backslashreplace")
+            if line.startswith("!"):
+                bad[name] = line[1:].rstrip("\n")
+                continue
+            score, decision = float(line), ""
+            if threshold is not None:
+                decision = DEFECT if score >= threshold else NORMAL
+                flagged += decision == DEFECT
+            shown = "" if probability is None else f"{float(probability(score)):.6g}"
+            writer.writerow([name, line.rstrip("\n"), shown, decision])
+        writer.writerows([name, "", "", UNREADABLE] for name in bad)
+        file.flush()
+        os.fsync(file.fileno())
+    counts = {"images": len(lines), "unreadable": len(bad)}
+    counts["flagged"] = flagged if threshold is not None else None
+    write_json(sidecar(out), about | {"counts": counts, "unreadable": bad})
+    os.replace(new, out)
+    return bad
+
+
+def read_scores(path):
+    """(rows as dicts, contents of the JSON beside it). Raises UserError naming the file."""
+    about = read_json(sidecar(path))
+    if about is None:
+        raise UserError(f"{sidecar(path)}: cannot be read; it lies beside {path}")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+            return list(reader), about
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__})") from None
