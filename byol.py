@@ -33,7 +33,7 @@ from common.running.config import Augmentation, Data, Optimization, Probe, RunOp
 from common.running.process import entry_point
 from common.running.run import Run
 from common.running.schema import Count, NonNegativeInt, Proportion
-from common.sampler import EpochSampler, imbalanced_indices
+from common.sampler import EpochSampler, imbalanced_indices, keep_labels
 from common.schedules import cosine, warmup_cosine
 from common.scoring import Scoring
 from common.store import leave_out_unreadable, open_images
@@ -131,7 +131,7 @@ class BYOL(nn.Module):
 def main(argv=None):
     # --- shared: setup ---
     cfg = load_config(Config, argv)
-    data, opt, frozen = cfg.data, cfg.optimization, cfg.run.frozen_encoder
+    data, aug, opt, frozen = cfg.data, cfg.augmentation, cfg.optimization, cfg.run.frozen_encoder
     run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
     train, val = read_split(data.train_csv, data.val_csv)
     images = open_images(data.image_root, data.packed)
@@ -139,14 +139,14 @@ def main(argv=None):
     rows = imbalanced_indices(
         train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
     )
-    run.describe_data(train, rows, val, images.packed)
-    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
-    aug = cfg.augmentation
+    train = keep_labels(train, rows, data.labels, cfg.seed)
     # --- end shared ---
 
     crops = CropViews(data.image_size, aug.min_scale, aug.t_val, aug.flip_prob, 2, cfg.seed)
 
     # --- shared: data and backbone ---
+    run.describe_data(train, rows, val, images.packed)
+    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
     train_loader, val_loader = build_loaders(
         images, train, sampler, crops, val, data.num_workers, run.device
     )

@@ -15,7 +15,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import nn
 
-from common.annotations import read_split
+from common.annotations import UNLABELLED, count_labels, read_split
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.backbones import build_backbone
 from common.data import build_loaders
@@ -28,7 +28,7 @@ from common.running.errors import UserError
 from common.running.process import entry_point
 from common.running.run import Run
 from common.running.schema import Count, NonNegativeInt
-from common.sampler import EpochSampler, imbalanced_indices
+from common.sampler import EpochSampler, imbalanced_indices, keep_labels
 from common.schedules import cosine, warmup_cosine
 from common.scoring import Scoring
 from common.store import leave_out_unreadable, open_images
@@ -93,7 +93,7 @@ class Supervised(nn.Module):
 def main(argv=None):
     # --- shared: setup ---
     cfg = load_config(Config, argv)
-    data, opt, frozen = cfg.data, cfg.optimization, cfg.run.frozen_encoder
+    data, aug, opt, frozen = cfg.data, cfg.augmentation, cfg.optimization, cfg.run.frozen_encoder
     run = Run.start(cfg)  # ranks, device, seed, run folder and its lock
     train, val = read_split(data.train_csv, data.val_csv)
     images = open_images(data.image_root, data.packed)
@@ -101,14 +101,22 @@ def main(argv=None):
     rows = imbalanced_indices(
         train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
     )
-    run.describe_data(train, rows, val, images.packed)
-    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
-    aug = cfg.augmentation
+    train = keep_labels(train, rows, data.labels, cfg.seed)
     # --- end shared ---
 
+    if not frozen:  # images without a label have nothing to teach
+        rows = rows[train.defect[rows] != UNLABELLED]
+        counts = count_labels(train.defect[rows])
+        if not (counts["normal"] and counts["defect"]):
+            raise UserError(
+                f"{data.train_csv}: {counts['normal']} normal and {counts['defect']} defect images "
+                "to train on; a classifier needs both"
+            )
     crops = CropViews(data.image_size, aug.min_scale, aug.t_val, aug.flip_prob, 1, cfg.seed)
 
     # --- shared: data and backbone ---
+    run.describe_data(train, rows, val, images.packed)
+    sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
     train_loader, val_loader = build_loaders(
         images, train, sampler, crops, val, data.num_workers, run.device
     )
@@ -118,11 +126,6 @@ def main(argv=None):
     )
     # --- end shared ---
 
-    if not frozen and not (run.counts["normal"] and run.counts["defect"]):
-        raise UserError(
-            f"{data.train_csv}: {run.counts['normal']} normal and {run.counts['defect']} defect "
-            "images to train on; a classifier needs both"
-        )
     model = Supervised(backbone, feature_dim)
 
     # --- shared: optimisation ---

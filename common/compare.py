@@ -28,6 +28,7 @@ from common.running.process import entry_point
 from common.running.progress import Progress
 from common.running.schema import path_argument, read_yaml
 from common.running.standing import read_result
+from common.sampler import keep_labels
 from common.store import leave_out_unreadable, open_images
 
 matplotlib.use("Agg")
@@ -89,6 +90,7 @@ def floors(config, folder, val, images):
     rows = np.flatnonzero(np.isin(train.filename, subset.filename))
     if len(rows) != len(subset) or not np.array_equal(annotations.filename, val["filename"]):
         raise UserError(f"{data['train_csv']} and {data['val_csv']}: no longer those of {folder}")
+    train = keep_labels(train, rows, data.get("labels"), config["seed"])
     how = val["label"], val["classes"], tuple(val["class_names"])
     on = fits(train.defect, rows, config["seed"])
     normals = reference_rows(train.defect, rows, config["seed"])

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.annotations import DEFECT, NORMAL
 from common.running.keyed import FIT_SAMPLE, FOLD, keyed_rng
+from common.sampler import stratified_sample
 
 MOST_ROWS = 200_000  # for the fit; a stratified sample of more
 FIXED_ROWS, FIXED_SEED = 50_000, 0  # of the fit that is the same for every run
@@ -20,19 +20,6 @@ CONVERGED = 1e-7  # largest entry of the gradient
 GOOD_ENOUGH = 1e-4  # the same while L2 is chosen: held-out losses no longer move
 
 
-def stratified_sample(defect, most, seed):
-    """At most `most` labelled rows with the defect share of all labelled ones, sorted."""
-    groups = [np.flatnonzero(defect == group) for group in (NORMAL, DEFECT)]
-    n, n_defect = len(groups[0]) + len(groups[1]), len(groups[1])
-    if n > most:
-        n, n_defect = most, max(round(most * n_defect / n), min(n_defect, 1))
-    chosen = []
-    for group, (rows, take) in enumerate(zip(groups, (n - n_defect, n_defect), strict=True)):
-        order = keyed_rng(FIT_SAMPLE, seed, group).permutation(len(rows))
-        chosen.append(rows[order[:take]])
-    return np.sort(np.concatenate(chosen))
-
-
 def fits(defect, rows, seed):
     """{name of an offline probe: (training rows that it is fitted on, seed of its folds)}.
 
@@ -41,8 +28,8 @@ def fits(defect, rows, seed):
     offline_fixed: on all labelled rows at their own mix, the same for every proportion and seed, so
     that features are compared and not numbers of labels (as arXiv:2110.05025).
     """
-    own = rows[stratified_sample(defect[rows], MOST_ROWS, seed)]
-    fixed = stratified_sample(defect, FIXED_ROWS, FIXED_SEED)
+    own = rows[stratified_sample(defect[rows], MOST_ROWS, seed, FIT_SAMPLE)]
+    fixed = stratified_sample(defect, FIXED_ROWS, FIXED_SEED, FIT_SAMPLE)
     return {"offline": (own, seed), "offline_fixed": (fixed, FIXED_SEED)}
 
 

@@ -24,7 +24,7 @@ from common.augmentations import ColorJitterNormalize, resize_squash
 from common.data import batches, cores, make_loader
 from common.distributed import mixed_precision, to_device
 from common.images import ImageFolder
-from common.inspection.listing import list_images
+from common.inspection.listing import list_images, share
 from common.inspection.scores_file import Part, files_hash, line_of, sidecar, write_scores
 from common.inspection.trained import Trained
 from common.label_table import normal_name
@@ -128,13 +128,6 @@ def outlook_text(expected, prevalence, images):
     return text + "{:.0f} ({:.0f} to {:.0f}) of ".format(*outlook["images"]) + f"{images} images"
 
 
-def _share(text):
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number inside 0 to 1, got {text}")
-    return value
-
-
 @entry_point
 def main(argv=None):
     """Command line; see the module's first lines."""
@@ -143,11 +136,11 @@ def main(argv=None):
     parser.add_argument("--run", required=True, type=path_argument, metavar="RUN_FOLDER")
     parser.add_argument("--out", required=True, type=path_argument, metavar="scores.csv")
     parser.add_argument("--image-root", type=path_argument, metavar="DIR", help="of a CSV's names")
-    parser.add_argument("--prevalence", type=_share, metavar="SHARE", help="of defects, expected")
+    parser.add_argument("--prevalence", type=share, metavar="SHARE", help="of defects, expected")
     point = parser.add_mutually_exclusive_group()
-    point.add_argument("--threshold", type=_share, metavar="P", help="probability; default .5")
-    point.add_argument("--recall", type=_share, metavar="SHARE", help="of defects to be flagged")
-    point.add_argument("--false-alarms", type=_share, metavar="SHARE", help="of normals, at most")
+    point.add_argument("--threshold", type=share, metavar="P", help="probability; default .5")
+    point.add_argument("--recall", type=share, metavar="SHARE", help="of defects to be flagged")
+    point.add_argument("--false-alarms", type=share, metavar="SHARE", help="of normals, at most")
     parser.add_argument("--workers", type=int, default=cores(), metavar="N")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)

@@ -5,11 +5,13 @@ Both are pure functions of their arguments: no state is kept, so nothing has to 
 Deviation: train set size: it shrinks with the proportion, as the study's; subset_size fixes it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
 from common.running.errors import UserError
-from common.running.keyed import ORDER, SUBSET, keyed_rng
+from common.running.keyed import LABEL_BUDGET, ORDER, SUBSET, keyed_rng
 
 
 def imbalanced_indices(defect, proportion, seed, fraction=1.0, subset_size=None):
@@ -68,6 +70,40 @@ def imbalanced_indices(defect, proportion, seed, fraction=1.0, subset_size=None)
             )
     chosen = [groups[NORMAL][:take_normal], groups[DEFECT][:take_defect], groups[UNLABELLED]]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def stratified_sample(defect, most, seed, purpose):
+    """At most `most` labelled rows with the defect share of all labelled ones, sorted.
+
+    A larger sample of the same seed and purpose (see `keyed_rng`) holds the smaller one.
+    """
+    groups = [np.flatnonzero(defect == group) for group in (NORMAL, DEFECT)]
+    n, n_defect = len(groups[0]) + len(groups[1]), len(groups[1])
+    if n > most:
+        n, n_defect = most, max(round(most * n_defect / n), min(n_defect, 1))
+    chosen = []
+    for group, (rows, take) in enumerate(zip(groups, (n - n_defect, n_defect), strict=True)):
+        order = keyed_rng(purpose, seed, group).permutation(len(rows))
+        chosen.append(rows[order[:take]])
+    return np.sort(np.concatenate(chosen))
+
+
+def keep_labels(train, rows, budget, seed):
+    """Annotations in which only `budget` labels are left, of the given rows, at their mix.
+
+    None leaves all of them. A larger budget holds a smaller one's labels. The rows stay: who needs
+    no label trains on the same images. Raises UserError where the rows have fewer labels.
+    """
+    if budget is None:
+        return train
+    defect = train.defect[rows]
+    known = int((defect != UNLABELLED).sum())
+    if budget > known:
+        raise UserError(f"data.labels: {budget} asked for, but {known} of the rows have a label")
+    kept = np.zeros(len(train), bool)
+    kept[rows[stratified_sample(defect, budget, seed, LABEL_BUDGET)]] = True
+    defect = np.where(kept, train.defect, UNLABELLED).astype(train.defect.dtype)
+    return replace(train, defect=defect, classes=train.classes & kept[:, None])
 
 
 class EpochSampler:

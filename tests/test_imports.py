@@ -28,6 +28,7 @@ def test_nobody_imports_a_script(path):
 COMMANDS = (
     "synthetic",
     "pack",
+    "annotate",
     "compare",
     "predict",
     "sets/deeppcb",

@@ -6,7 +6,7 @@ from conftest import on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from common.offline_probe import apply_probe, fit_logistic, offline_probe, stratified_sample
+from common.offline_probe import apply_probe, fit_logistic, offline_probe
 from common.probe import LinearProbe, RunningScores, pos_weight
 
 
@@ -191,12 +191,3 @@ def test_too_few_rows_for_a_fit_are_said():
     assert weight is None and "1 defect" in why
     x, y = regression_set(n=4)
     assert offline_probe(x, np.array([0, 0, 1, 1]), 1.0, 0)[1]["converged"]  # two folds
-
-
-def test_the_sample_for_the_fit_is_stratified_and_labelled():
-    defect = np.repeat([0, 1, -1], [900, 100, 500])
-    rows = stratified_sample(defect, 200, seed=0)
-    assert (defect[rows] == 0).sum() == 180 and (defect[rows] == 1).sum() == 20
-    assert len(stratified_sample(defect, 10**6, seed=0)) == 1000
-    assert len(stratified_sample(np.repeat([0, 1], [501, 500]), 400, seed=0)) == 400
-    assert len(stratified_sample(np.full(5, -1), 400, seed=0)) == 0

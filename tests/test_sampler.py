@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
+from small import METHODS, run
 
+from common.annotations import Annotations
+from common.running.checkpoint import read_checkpoint
 from common.running.errors import UserError
-from common.sampler import EpochSampler, imbalanced_indices
+from common.running.folder import read_json
+from common.running.keyed import FIT_SAMPLE
+from common.sampler import EpochSampler, imbalanced_indices, keep_labels, stratified_sample
 
 
 def labels(n_normal, n_defect, n_unlabelled=0):
@@ -139,3 +144,68 @@ def test_one_iteration_may_serve_several_epochs(first_step):
         alone.start(epoch, first_step if epoch == 3 else 0)
         expected += list(alone)
     assert list(sampler) == expected and len(sampler) == len(expected) == 15 - first_step
+
+
+def test_a_stratified_sample_is_of_labelled_rows():
+    defect = np.repeat([0, 1, -1], [900, 100, 500])
+    rows = stratified_sample(defect, 200, 0, FIT_SAMPLE)
+    assert (defect[rows] == 0).sum() == 180 and (defect[rows] == 1).sum() == 20
+    assert len(stratified_sample(defect, 10**6, 0, FIT_SAMPLE)) == 1000
+    assert len(stratified_sample(np.repeat([0, 1], [501, 500]), 400, 0, FIT_SAMPLE)) == 400
+    assert len(stratified_sample(np.full(5, -1), 400, 0, FIT_SAMPLE)) == 0
+
+
+def table(defect):
+    n = len(defect)
+    classes = (defect == 1)[:, None] & np.array([True, False])
+    names = np.array([b"%d.png" % i for i in range(n)])
+    return Annotations(
+        "x.csv", names, defect.astype(np.int8), classes, ("a", "b"), np.arange(n), ()
+    )
+
+
+def test_a_budget_of_labels_is_stratified_and_nested():
+    train, rows = table(labels(700, 300, 50)), np.arange(0, 1050, 2)
+    known, before = (train.defect[rows] >= 0).sum(), set()
+    for budget in (1, 2, 3, 10, 11, 100, known):
+        found = keep_labels(train, rows, budget, seed=3)
+        kept = np.flatnonzero(found.defect >= 0)
+        assert len(kept) == budget and before <= set(kept) <= set(rows)
+        assert (found.defect[kept] == train.defect[kept]).all()
+        assert (found.defect == 1).sum() == max(
+            round(budget * (train.defect[rows] == 1).sum() / known), 1
+        )
+        assert (found.classes == (train.classes & (found.defect >= 0)[:, None])).all()
+        before = set(kept)
+    assert keep_labels(train, rows, None, 3) is train
+    assert set(kept) == set(np.flatnonzero(keep_labels(train, rows, known, 9).defect >= 0))
+    other = np.flatnonzero(keep_labels(train, rows, 100, 4).defect >= 0)
+    assert set(other) != set(np.flatnonzero(keep_labels(train, rows, 100, 3).defect >= 0))
+    with pytest.raises(UserError, match=f"data.labels: {known + 1} asked for, but {known} of"):
+        keep_labels(train, rows, known + 1, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_only_the_labels_of_its_budget(method, tiny_set, tmp_path):
+    quick = ["optimization.epochs=1", "optimization.batch_size=8"]
+    folders = [
+        run(method, tmp_path, tiny_set, f"labels{budget}", *quick, f"data.labels={budget}")
+        for budget in ("null", 24)
+    ]
+    results = [read_json(folder / "result.json") for folder in folders]
+    offline = results[1]["val_offline"], results[1]["val_offline_fixed"]
+    assert [scores["fit_rows"] for scores in offline] == [24, 24]
+    assert results[1]["val_normal_only"]["reference"] == 24 - offline[0]["fit_defects"]
+    rows = results[1]["train_rows"]
+    if method == "supervised":  # the others have nothing to teach
+        assert rows == {"normal": 18, "defect": 6, "unlabelled": 0}
+        assert results[0]["train_rows"]["unlabelled"] == 0
+        with pytest.raises(SystemExit) as stop:
+            run(method, tmp_path, tiny_set, "few", "data.labels=7", *quick)
+        assert stop.value.code == 2
+        return
+    assert rows == {"normal": 18, "defect": 6, "unlabelled": 49 + 8 - 24}
+    models = [read_checkpoint(folder / "last.pt")["model"] for folder in folders]
+    assert all(np.array_equal(models[0][k], v) for k, v in models[1].items()), (
+        "labels are no matter"
+    )

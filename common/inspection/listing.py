@@ -1,5 +1,6 @@
-"""Image files that a command line names: files, folders, or the names of a CSV."""
+"""What a command line names: image files, folders, the names of a CSV; and shares."""
 
+import argparse
 import csv
 import os
 
@@ -9,6 +10,14 @@ from common.label_table import normal_name, refuse
 from common.running.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of images in a folder
+
+
+def share(text):
+    """A number inside 0 to 1 of a command line, for argparse."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number inside 0 to 1, got {text}")
+    return value
 
 
 def list_images(paths, image_root=None):

@@ -37,6 +37,7 @@ class Data:
     fraction: Share
     subset_size: Count | None
     packed: FilePath | None  # a store of `python -m common.pack`
+    labels: Count | None  # that count, of the rows that are trained on; the others are as if empty
     max_bad_images: NonNegativeInt  # that a store may list as unreadable: they are left out
     num_workers: NonNegativeInt  # a rank
 

@@ -28,7 +28,7 @@ from common.running.errors import ConfigError
 from common.running.folder import LOCK, RESULT, STATUS, read_json
 from common.running.schema import build, parse_override, read_yaml
 from common.running.standing import standing, try_lock
-from common.sampler import imbalanced_indices
+from common.sampler import imbalanced_indices, keep_labels
 from common.store import PackedStore, leave_out_unreadable
 
 
@@ -172,7 +172,8 @@ def training_subset(run):
     data, seed = run.cfg.data, run.cfg.seed
     table = data.train_csv, data.packed, data.max_bad_images
     how = data.train_defect_proportion, seed, data.fraction, data.subset_size
-    return _readable(*table), _subset(table, *how)
+    rows = _subset(table, *how)
+    return keep_labels(_readable(*table), rows, data.labels, seed), rows
 
 
 @functools.lru_cache(maxsize=2)

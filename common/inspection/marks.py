@@ -1,0 +1,80 @@
+"""Marks that people made on a review page, into the CSVs that they train on."""
+
+import csv
+import io
+import itertools
+from pathlib import Path
+
+from common.annotations import DEFECT, NORMAL, UNLABELLED, read_annotations
+from common.running.errors import UserError
+from common.running.folder import write_atomically
+from common.running.progress import say
+
+SHOWN = 5  # files in a message
+CELLS = {DEFECT: "1", NORMAL: "0"}
+
+
+def write_csv(path, rows, header, delimiter=","):
+    """Rows of cells -> a CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([header, *rows])
+    write_atomically(path, text.getvalue())
+
+
+def read_marks(path):
+    """labels.csv of review -> {normalised name: 1 or 0}, and how many are unsure."""
+    marks = read_annotations(path)
+    known = marks.defect != UNLABELLED
+    names = {marks.name(i): int(marks.defect[i]) for i in known.nonzero()[0]}
+    return names, int((~known).sum())
+
+
+def fill(train_csv, val_csv, labels_csv):
+    """Marks into the empty cells of train_csv; what it was is kept as train_1.csv, train_2.csv, ...
+
+    Raises UserError where a mark is of a validation image, whose labels must not depend on scores,
+    or of an image that neither CSV has.
+    """
+    marks, unsure = read_marks(labels_csv)
+    train, val = read_annotations(train_csv), read_annotations(val_csv)
+    in_val = [val.name(i) for i in range(len(val)) if val.name(i) in marks]
+    unknown = set(marks).difference(map(train.name, range(len(train))), in_val)
+    for found, why in (
+        (in_val, f"are of {val_csv}: labels of validation must not depend on scores"),
+        (
+            sorted(unknown),
+            f"are of images that {train_csv} does not name: score them from its root",
+        ),
+    ):
+        if found:
+            raise UserError(f"{labels_csv}: {len(found)} marks {why}: {', '.join(found[:SHOWN])}")
+    with open(train_csv, newline="", encoding="utf-8-sig") as file:
+        text = file.read()
+    head = text.partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    header, *rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    columns = {name.strip(): i for i, name in enumerate(header)}
+    filled, other = 0, []
+    for i, row in enumerate(rows):
+        mark = marks.get(train.name(i))
+        if mark is None:
+            continue
+        if train.defect[i] == UNLABELLED:
+            filled += 1
+            row[columns["Defect"]] = CELLS[mark]
+            for kind in train.class_names:
+                row[columns[kind]] = CELLS[NORMAL]  # which class it is, a mark does not say
+        elif train.defect[i] != mark:
+            other.append(train.name(i))
+    kept = next(
+        path
+        for path in (Path(train_csv).with_name(f"train_{i}.csv") for i in itertools.count(1))
+        if not path.exists()
+    )
+    kept.write_text(text, encoding="utf-8")
+    write_csv(train_csv, rows, header, delimiter)
+    print(f"{train_csv}: {filled} of {len(marks)} marks filled in, {unsure} unsure; before: {kept}")
+    if other:
+        shown = ", ".join(other[:SHOWN])
+        say(f"{len(other)} marks contradict a label that was there, and stays: {shown}")
