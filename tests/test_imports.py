@@ -30,7 +30,9 @@ COMMANDS = (
     "pack",
     "annotate",
     "compare",
+    "export",
     "predict",
+    "review",
     "sets/deeppcb",
 )  # the rest of common/ itself is the science
 FOR_ALL = {f"common.running.{name}" for name in ("keyed", "errors", "progress")}
