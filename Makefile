@@ -24,7 +24,7 @@ demo: $(VENV)/ready
 	$(PY) -m common.compare $(DEMO)/runs/random $(DEMO)/runs/simclr --out $(DEMO)/compare.png
 
 test: $(VENV)/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slurm: $(VENV)/ready
 	PYTHON=$(PY) tests/slurm_node.sh

@@ -101,7 +101,8 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # Windows has none
 
 
 def ignore_stop_signals(_worker):
@@ -115,6 +116,8 @@ def start_iteration(loader):
 
     They inherit what is blocked while they are started, by fork, spawn and forkserver alike.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which sends no signal to a group
+        return iter(loader)
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # where it starts in between, it unblocks them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -11,7 +11,6 @@ read; training leaves them out, up to data.max_bad_images.
 """
 
 import argparse
-import fcntl
 import hashlib
 import io
 import os
@@ -174,7 +173,7 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "lock", "a") as lock:
-            if not try_lock(fcntl.lockf, lock, fcntl.LOCK_EX):
+            if not try_lock("lockf", lock):
                 raise UserError(f"{out}: another process is packing there")
             records = _begin(out, settings, names)
             there = read_json(out / SETTINGS)

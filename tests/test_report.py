@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from small import make_up
 from common.metrics import at_prevalence
 from common.running.errors import UserError
 from common.running.folder import write_json
+from common.study.budget import label_budget
 from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
@@ -281,3 +283,48 @@ def test_the_papers_values_are_complete_and_consistent():
             assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.006), (
                 key
             )
+
+
+def of_budget(labels, auroc, script="simclr", frozen=True, init_from=None, seed=0):
+    """A finished run as the picture of the label budget looks at it."""
+    options = SimpleNamespace(frozen_encoder=frozen, init_from=init_from)
+    method = ("random" if init_from is None else "pretrained") if frozen else script
+    defects = max(labels // 4, 1)
+    result = {
+        "method": method,
+        "seed": seed,
+        "train_rows": {"normal": labels - defects, "defect": defects, "unlabelled": 9},
+        "val": {"auroc": auroc if script == "supervised" else 0.1},
+        "val_offline": {"auroc": 0.2 if script == "supervised" else auroc},
+    }
+    run = SimpleNamespace(cfg=SimpleNamespace(run=options))
+    return SimpleNamespace(run=run, result=result, backbone="resnet18")
+
+
+def test_the_label_budget_has_a_line_a_start():
+    entries = [of_budget(n, 0.5 + n / 1000) for n in (400, 100)]
+    entries += [of_budget(100, x, init_from="a", seed=i) for i, x in enumerate((0.6, 0.8))]
+    entries += [of_budget(100, 0.7, "supervised", False), of_budget(100, None, init_from="b")]
+    entries += [of_budget(n, 0.9, "supervised", False, "a") for n in (100, 400)]
+    figure = label_budget(entries)
+    (axis,) = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+    assert lines == {
+        "probe on random features, ResNet-18": [[100, 0.6], [400, 0.9]],
+        "probe on pre-trained features, ResNet-18": [[100, pytest.approx(0.7)]],
+        "supervised, from scratch, ResNet-18": [[100, 0.7]],
+        "supervised, fine-tuned, ResNet-18": [[100, 0.9], [400, 0.9]],
+    }
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["100", "400"]
+
+
+def test_a_grid_of_label_budgets_is_reported(tmp_path, tiny_set):
+    words = [*tiny_set, f"run.output_dir={tmp_path / 'runs'}"]
+    runs = read_grid(ROOT / "configs/grid/labels.yaml", words)
+    assert len(runs) == 12 and all(g.startswith("labels") for r in runs for g in r.groups)
+    assert {r.cfg.data.labels for r in runs} == {100, 400, 1600}
+    for run in runs[::3]:
+        make_up(run, np.random.default_rng(0))
+    page = write_report(runs, tmp_path / "report", "offline")
+    assert "AUROC by number of labels" in page.read_text()
+    assert (tmp_path / "report" / "label_budget.png").exists()

@@ -138,8 +138,8 @@ def _link_or_copy(source, target):
     """A second name for a file, or a copy of it on file systems that have no hard links."""
     try:
         os.link(source, target)
-    except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+    except (OSError, AttributeError) as error:  # of a system without: Windows' Python had none
+        if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
             raise
         shutil.copyfile(source, target)
         with open(target, "rb") as file:
@@ -148,14 +148,15 @@ def _link_or_copy(source, target):
 
 def sync_folder(folder):
     """Make the names in a folder last through a power cut, on file systems that can."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def read_checkpoint(path):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from common.data import STOP_SIGNALS
 from common.running.errors import ConfigError, UserError
 from common.running.folder import note_refused_config
 from common.running.progress import say, speaks
@@ -101,7 +102,7 @@ class StopSignal:
     def __init__(self):
         self.received, self._pid = None, os.getpid()
         self._met, self._next = (0, -math.inf), 0  # (step, when) of the last meeting; next step
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             _handlers.setdefault(number, signal.signal(number, self._handle))
 
     def _handle(self, number, frame):
@@ -149,8 +150,7 @@ def entry_point(main):
     """Decorates a script's main: errors become one sentence, a status and an exit code.
 
     0 done, 2 the user's input (a UserError, or more than the GPU's memory holds), 3 a fault worth
-    retrying, 75 stopped by a signal and resumable. Rank 0 speaks for all, unless only one rank
-    knows of the error.
+    retrying, 75 stopped by a signal and resumable. Rank 0 speaks, unless only one rank knows.
     """
 
     @functools.wraps(main)
@@ -179,7 +179,7 @@ def entry_point(main):
 def end_workers():
     """SIGKILL for loader workers that do not end by themselves: they do not hear SIGTERM."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and signal.getsignal(signal.SIGCHLD) is not None:
+    if workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) is not None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for the killed
     deadline = time.monotonic() + SECONDS_FOR_WORKERS
     for worker in workers:

@@ -2,13 +2,17 @@
 
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import socket
 import time
 import zipfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from common.running.config import differences, identity, identity_of
 from common.running.errors import ConfigError, UserError
@@ -35,21 +39,26 @@ OTHERWISE = "choose another run.name or run.output_dir, or delete the folder"
 _saved_config = once_a_file(read_yaml)
 
 
-def try_lock(lock, file, how):
+def try_lock(kind, file, shared=False):
     """Take a lock without waiting; False where another process holds it.
 
-    lock: fcntl.lockf or fcntl.flock; how: LOCK_SH or LOCK_EX. Where the file system has no locks
-    this says so once, and goes on as if it were taken.
+    kind: `lockf`, of a process, or `flock`, which its children inherit. Where the file system or
+    the operating system has no locks this says so once, and goes on as if it were taken.
     """
+    why = "Windows"
     try:
-        lock(file, how | fcntl.LOCK_NB)
+        if fcntl is not None:
+            how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            getattr(fcntl, kind)(file, how | fcntl.LOCK_NB)
+            return True
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        say_once(
-            f"warning: this file system has no locks ({error.strerror}), so nothing keeps two "
-            "processes from the same run: start each once only"
-        )
+        why = error.strerror
+    say_once(
+        f"warning: this file system has no locks ({why}), so nothing keeps two processes from the "
+        "same run: start each once only"
+    )
     return True
 
 
@@ -68,7 +77,7 @@ def open_folder(folder, cfg):
             f"{folder}: cannot be written ({error.strerror}); see run.output_dir"
         ) from None
     for wait in (0.1, 0.3, 0.6, None):  # somebody may only be asking whether it is held
-        if try_lock(fcntl.lockf, lock, fcntl.LOCK_EX):  # not flock: workers inherit that
+        if try_lock("lockf", lock):
             break
         if wait:
             time.sleep(wait)
@@ -77,7 +86,11 @@ def open_folder(folder, cfg):
         owner = lock.read().strip() or "unknown"
         raise UserError(f"{folder}: another process is running this run: {owner}")
     lock.truncate(0)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%c"),
+    }
     lock.write(json.dumps(owner))
     lock.flush()
     state, why = standing(folder, cfg)

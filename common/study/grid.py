@@ -14,7 +14,6 @@ two groups is one run.
 """
 
 import dataclasses
-import fcntl
 import functools
 import importlib
 import itertools
@@ -159,7 +158,7 @@ def is_held(path):
     """Whether another process holds the lock file."""
     try:
         with open(path) as file:
-            return not try_lock(fcntl.lockf, file, fcntl.LOCK_SH)
+            return not try_lock("lockf", file, shared=True)
     except FileNotFoundError:
         return False
 

@@ -1,7 +1,6 @@
 """Start the runs of a grid: here, one after another or one a GPU, or through Slurm."""
 
 import contextlib
-import fcntl
 import os
 import queue
 import signal
@@ -186,4 +185,4 @@ def claim(run):
     path = log_path(run).with_suffix(".claim")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        yield try_lock(fcntl.flock, file, fcntl.LOCK_EX)
+        yield try_lock("flock", file)

@@ -10,6 +10,7 @@ from common.running.errors import UserError
 from common.running.keyed import SAMPLE_IMAGES, keyed_rng
 from common.running.progress import Progress, say
 from common.study import figures, tables
+from common.study.budget import label_budget
 from common.study.measures import measures
 from common.study.results import collect, settings, with_variants
 from common.study.samples import samples
@@ -98,8 +99,14 @@ def write_report(runs, folder, probe="online", draws=0):
         return [e for e in finished if group in e.run.groups]
 
     ablations = of("resolution"), of("augmentation")
+    budget = [e for e in finished if any(g.startswith("labels") for g in e.run.groups)]
     main = [e for e in finished if set(e.run.groups) - {"resolution", "augmentation"}]
     steps = list(_main_steps(page, with_variants(main), probe, draws)) if main else []
+    if budget:
+        how = "label_budget", "AUROC by number of labels"
+        caption = "Validation, at its own mix. A frozen encoder by its offline probe, a supervised "
+        caption += "run by its head; a point is the mean over seeds, the band their range."
+        steps.insert(0, lambda: page.add_figure(*how, caption, label_budget(budget)))
     if ablations[0]:
         sizes = with_variants(ablations[0], but=["data.image_size"])
         steps.append(lambda: page.add_table(tables.resolution(sizes)))
