@@ -24,7 +24,7 @@ import numpy as np
 from common.inspection.listing import list_images, share
 from common.inspection.marks import fill, write_csv
 from common.inspection.shortcuts import check
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.process import entry_point
 from common.running.progress import Progress, say
 from common.running.schema import path_argument
@@ -104,7 +104,7 @@ def _digests(root, names):
     progress, digests = Progress(len(names), "reading", "files"), []
     for name in names:
         digest = None
-        with contextlib.suppress(OSError), open(os.path.join(root, name), "rb") as file:
+        with contextlib.suppress(OSError), open(regular(os.path.join(root, name)), "rb") as file:
             digest = hashlib.sha256(file.read()).digest()
         digests.append(digest)
         progress.update()

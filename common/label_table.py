@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from common.running.errors import CONTROL, UserError
+from common.running.errors import CONTROL, UserError, regular
 
 NOT_CLASSES = ("Filename", "Defect", "WaterLevel", "VA", "ND", "")
 DEFECT, NORMAL, UNLABELLED = 1, 0, -1
@@ -202,7 +202,7 @@ def read_table(path):
 
     The wrong cells stay one list of C lists a chunk.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(regular(path), newline="", encoding="utf-8-sig") as file:
         delimiter, header = _read_header(path, file)
     _check_header(path, header)
     names = tuple(name for name in header if name not in NOT_CLASSES)

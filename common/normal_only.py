@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common.annotations import NORMAL
 from common.metrics import at_prevalence, without_values
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.keyed import NORMAL_SAMPLE, keyed_rng
 
 MOST_NORMALS = 10_000  # of the reference
@@ -104,7 +104,7 @@ class NormalReference:
     def load(cls, path):
         """Raises UserError naming the file."""
         try:
-            with np.load(path) as stored:
+            with np.load(regular(path)) as stored:
                 return cls(stored["features"], stored["filename"])
         except FileNotFoundError:
             raise UserError(f"{path}: not there: the run is of an earlier release") from None

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.images import ImageFolder
-from common.running.errors import ImageError, UserError
+from common.running.errors import ImageError, UserError, regular
 from common.running.progress import say
 
 FORMAT = 1
@@ -39,7 +39,7 @@ def index_hash(settings, names, index):
 def stored_hash(path):
     """What a PackedStore has as `packed`, form and hash, as its settings say; None without them."""
     try:
-        settings = json.loads((Path(path) / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads(regular(Path(path) / SETTINGS).read_text(encoding="utf-8"))
         return f"{settings['form']} {settings['index_sha256']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -52,7 +52,7 @@ class PackedStore:
         """Raises UserError where the folder is no whole store."""
         self.path, self._file = Path(path), None
         try:
-            self.settings = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+            self.settings = json.loads(regular(self.path / SETTINGS).read_text(encoding="utf-8"))
             if self.settings["format"] != FORMAT:
                 raise UserError(f"{path}: a store of another format; pack it again")
             if not self.settings["finished"]:
@@ -70,8 +70,8 @@ class PackedStore:
 
     def _open(self):
         # Mapped, not read: the same memory serves all workers.
-        self.names = np.load(self.path / NAMES, mmap_mode="r")
-        self.index = np.load(self.path / INDEX, mmap_mode="r")
+        self.names = np.load(regular(self.path / NAMES), mmap_mode="r")
+        self.index = np.load(regular(self.path / INDEX), mmap_mode="r")
 
     def __getstate__(self):
         return {"path": self.path, "settings": self.settings, "packed": self.packed}
@@ -88,7 +88,7 @@ class PackedStore:
 
     def _bytes(self, record):
         if self._file is None:
-            self._file = open(self.path / IMAGES, "rb")  # noqa: SIM115 (held for life)
+            self._file = open(regular(self.path / IMAGES), "rb")  # noqa: SIM115 (held for life)
         content, got, start = bytearray(int(record["length"])), 0, int(record["offset"])
         rest = memoryview(content)
         while more := os.preadv(self._file.fileno(), [rest[got:]], start + got):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from common.label_table import normal_name, refuse
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of images in a folder
 
@@ -63,7 +63,7 @@ def _names(path):
     """The names in a CSV's column Filename, normalised, each once."""
     found, refused = {}, []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(regular(path), newline="", encoding="utf-8-sig") as file:
             head = file.readline()
             delimiter = max(",;\t", key=head.count)
             header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]

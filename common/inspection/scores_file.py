@@ -11,7 +11,7 @@ import math
 import os
 from pathlib import Path
 
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.folder import read_json, write_json
 
 COLUMNS = ("file", "score", "probability", "decision")
@@ -34,7 +34,8 @@ class Part:
         self.path, self.lines = Path(f"{out}.part"), []
         first = json.dumps(header, sort_keys=True)
         with contextlib.suppress(FileNotFoundError):
-            there = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            text = regular(self.path).read_text(encoding="utf-8", errors="replace")
+            there = text.splitlines(True)
             if there and there[0] != f"{first}\n":
                 raise UserError(
                     f"{self.path}: begun with another run or other images; give that command again "
@@ -112,7 +113,7 @@ def read_scores(path):
     if about is None:
         raise UserError(f"{sidecar(path)}: cannot be read; it lies beside {path}")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(regular(path), newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}")

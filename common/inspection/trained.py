@@ -9,7 +9,7 @@ import torch
 from common.inspection.operating_point import Held
 from common.normal_only import REFERENCE, NormalReference
 from common.offline_probe import apply_probe
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.folder import SCORES
 from common.running.standing import read_result
 from common.running.weights import trained_encoder
@@ -27,9 +27,9 @@ class Trained:
         self.folder, self.result = Path(folder), read_result(folder)
         self.encoder, self.config, self.sha = trained_encoder(folder)
         try:
-            with np.load(self.folder / OFFLINE_PROBE) as stored:
+            with np.load(regular(self.folder / OFFLINE_PROBE)) as stored:
                 probes = {name: torch.from_numpy(stored[name]) for name in stored.files}
-            with np.load(self.folder / SCORES) as stored:
+            with np.load(regular(self.folder / SCORES)) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except Exception as error:
             why = getattr(error, "strerror", None) or type(error).__name__

@@ -20,7 +20,7 @@ from torch import nn
 from common.distributed import gather_unpadded
 from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
-from common.running.errors import REMEDY, UserError
+from common.running.errors import REMEDY, UserError, regular
 
 FORMAT = 3  # 3: images are resized by torch; loss_sum of each rank
 LAST, PREVIOUS = "last.pt", "prev.pt"
@@ -162,7 +162,7 @@ def sync_folder(folder):
 def read_checkpoint(path):
     """One checkpoint file -> its content, tensors on CPU. Raises UserError naming the file."""
     try:
-        data = Path(path).read_bytes()
+        data = Path(regular(path)).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if hashlib.sha256(data[32:]).digest() != data[:32]:

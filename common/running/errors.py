@@ -1,6 +1,9 @@
 """Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
 
+import errno
+import os
 import re
+import stat
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # no path and no name may hold one
 REMEDY = "Lower optimization.lr, or use optimization.precision=bf16 or fp32"  # of what overflows
@@ -24,3 +27,16 @@ class ImageError(UserError):
     """An image that cannot be used; found by the one rank that read it."""
 
     one_rank = True
+
+
+def regular(path):
+    """The path of a file that can be read to its end; OSError where there is none.
+
+    Opening a pipe waits for whoever writes to it, and a device may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return path

@@ -16,6 +16,7 @@ import yaml
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
 from common.running.checkpoint import LAST, PREVIOUS
+from common.running.errors import regular
 from common.running.schema import StrictLoader
 
 CONFIG, STATUS, RESULT = "config.yaml", "status.json", "result.json"
@@ -41,7 +42,7 @@ def write_json(path, content):
 def read_json(path):
     """A JSON file's keys and values, or None where there is none or it cannot be read."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

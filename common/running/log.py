@@ -10,7 +10,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
 from common.augmentations import MEAN, STD
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 
 LOG = "log.jsonl"
 VIEWS_SHOWN = 8  # images
@@ -18,7 +18,7 @@ VIEWS_SHOWN = 8  # images
 
 def read_log(path):
     """log.jsonl -> list of records; a last line that is still being written is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = Path(regular(path)).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

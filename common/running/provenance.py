@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from common.running.errors import regular
 from common.running.folder import PROVENANCE, read_json, versions, write_json
 from common.running.progress import say
 from common.running.weights import weights_file
@@ -137,7 +138,7 @@ def once_a_file(read):
 @once_a_file
 def _sha256(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from common.running.errors import CONTROL, ConfigError
+from common.running.errors import CONTROL, ConfigError, regular
 
 LARGEST_FILE = 65536  # bytes; no config comes near it
 NO_CONTROL = "holds a control character, such as a line break, which no path and no name may"
@@ -162,7 +162,7 @@ def path_argument(text):
 def read_yaml(path):
     """A YAML file -> plain Python data. Raises ConfigError naming the file."""
     try:
-        return parse_yaml(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), path)
+        return parse_yaml(Path(regular(os.path.expanduser(path))).read_text(encoding="utf-8"), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -158,7 +158,7 @@ def read_result(folder):
     if lacks:
         what = f"lacks {', '.join(lacks)}" if result else "cannot be read"
         raise UserError(f"{path} is damaged: it {what}; {again}")
-    if not zipfile.is_zipfile(scores):
+    if not scores.is_file() or not zipfile.is_zipfile(scores):
         raise UserError(f"{scores} is damaged or not there; {again}")
     return result
 

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 
 from common.backbones import build_backbone
 from common.running.checkpoint import LAST, read_checkpoint
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.folder import CONFIG
 from common.running.progress import say
 from common.running.schema import read_yaml
@@ -68,6 +68,7 @@ def weights_file(path):
 def _read_file(path):
     """A file of weights -> state dict. Nothing in it can run code."""
     try:
+        path = regular(path)
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of DINO and MAE

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.metrics import METRICS, THRESHOLD, scores_of
 from common.ranking import Ranking
-from common.running.errors import UserError
+from common.running.errors import UserError, regular
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
 FILE = "val_scores.npz"
@@ -61,7 +61,7 @@ def load_scores(folder, probe="online"):
     """
     path = Path(folder) / FILE
     try:
-        with np.load(path) as stored:
+        with np.load(regular(path)) as stored:
             logit = stored[LOGITS[probe]].astype(np.float64)
             label, classes = stored["label"], stored["classes"]
             names = tuple(str(name) for name in stored["class_names"])

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common.annotations import read_annotations
 from common.running.config import differences, read_config, run_name
-from common.running.errors import ConfigError
+from common.running.errors import ConfigError, regular
 from common.running.folder import LOCK, RESULT, STATUS, read_json
 from common.running.schema import build, parse_override, read_yaml
 from common.running.standing import standing, try_lock
@@ -157,7 +157,7 @@ def state(run):
 def is_held(path):
     """Whether another process holds the lock file."""
     try:
-        with open(path) as file:
+        with open(regular(path)) as file:
             return not try_lock("lockf", file, shared=True)
     except FileNotFoundError:
         return False

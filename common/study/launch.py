@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.running.errors import regular
 from common.running.folder import STATUS, read_json
 from common.running.process import DONE, FAULT, STOPPED, USER_ERROR
 from common.running.progress import say
@@ -173,7 +174,7 @@ def log_path(run):
 def tail(path):
     """The last lines of a log, indented."""
     try:
-        lines = Path(path).read_text(errors="replace").replace("\r", "\n").splitlines()
+        lines = Path(regular(path)).read_text(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
         return ""
     return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])
