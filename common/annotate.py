@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 from common.inspection.listing import list_images, share
 from common.inspection.marks import fill, write_csv
 from common.inspection.shortcuts import check
+from common.label_table import NOT_CLASSES, normal_name
 from common.running.errors import UserError, regular
 from common.running.process import entry_point
 from common.running.progress import Progress, say
@@ -45,6 +47,8 @@ def classes_of(names, normal=None):
         return kinds, None
     known = [normal] if normal else NORMAL_NAMES
     found = [kind for kind in folders if kind == normal or kind.lower() in known]
+    if reserved := [kind for kind in folders if kind in NOT_CLASSES]:
+        raise UserError(f"folder {reserved[0]}: a column of that name has a meaning of its own")
     if len(found) != 1:
         raise UserError(
             f"--normal: which of these folders has the normal images? {', '.join(folders)}"
@@ -121,17 +125,30 @@ def _digests(root, names):
 
 
 def make_csvs(folder, out, normal=None, val_share=0.3, pattern=None):
-    """train.csv and val.csv of a folder; returns the paths. A column a class of defects."""
-    root, found, others = list_images([folder])
+    """train.csv and val.csv of a folder, a column a class of defects.
+
+    Returns their paths and {name: why} of what could not be used.
+    """
+    root, found, others, skipped = list_images([folder])
     if others:
         say(f"{others} other files are no images, by their names")
-    names = [os.fsdecode(name) for name in found]
+    names, unusable = [], dict(skipped)
+    for name in found:
+        try:
+            names.append(normal_name(name.decode()))
+        except ValueError as why:  # no UTF-8, or a line break
+            unusable[os.fsdecode(name).encode(errors="backslashreplace").decode()] = str(why)
     kinds, normal = classes_of(names, normal)
     groups = groups_of(names, _digests(root, names), pattern)
     if pattern is not None:
         known = sum(pattern.search(name) is not None for name in names)
         say(f"{len(set(groups))} groups; --group finds something in {known} of {len(names)} names")
     is_val = split(names, kinds, groups, val_share)
+    if normal is not None:  # nothing can be scored by images without a label
+        is_val = [val and kind is not None for val, kind in zip(is_val, kinds, strict=True)]
+    if not any(is_val) or all(is_val):
+        few = f"{len(set(groups))} groups of images"
+        raise UserError(f"{few} cannot be split into training and validation; see --group")
     defects = sorted({kind for kind in kinds if kind not in (None, normal)})
     header = ["Filename", *defects, "Defect"]
     paths = [os.path.join(out, name) for name in (TRAIN, VAL)]
@@ -145,7 +162,7 @@ def make_csvs(folder, out, normal=None, val_share=0.3, pattern=None):
         here = Counter(kind for kind, val in zip(kinds, is_val, strict=True) if val == of_val)
         counts = ", ".join(f"{n} {kind or 'not labelled'}" for kind, n in here.most_common())
         print(f"{path}: {len(rows)} images: {counts}")
-    return paths
+    return paths, unusable
 
 
 def halves(pattern):
@@ -183,15 +200,20 @@ def main(argv=None):
         check(args.folder, args.check, halves(pattern))
         return
     os.makedirs(args.out, exist_ok=True)
-    paths = [os.path.join(args.out, name) for name in (TRAIN, VAL)]
+    paths, unusable = [os.path.join(args.out, name) for name in (TRAIN, VAL)], {}
     if args.labels:
-        fill(*paths, args.labels)
+        fill(args.folder, *paths, args.labels)
     else:
         there = [path for path in paths if os.path.exists(path)]
         if there and not args.force:
             raise UserError(f"{', '.join(there)}: there already; --force overwrites")
-        paths = make_csvs(args.folder, args.out, args.normal, args.val_share, pattern)
+        paths, unusable = make_csvs(args.folder, args.out, args.normal, args.val_share, pattern)
     check(args.folder, paths, halves(pattern))
+    if unusable:
+        for name, why in [*unusable.items()][:SHOWN]:
+            print(f"{name}: {why}", file=sys.stderr)
+        print(f"{len(unusable)} files or folders are not in these CSVs", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

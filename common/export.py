@@ -158,15 +158,16 @@ class Whole(nn.Module):
 def write_onnx(whole, size, path):
     """model.onnx with a free batch size, compared with torch at two of them. Raises UserError."""
     try:
-        import onnx  # noqa: F401 (torch.onnx wants it)
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f'--onnx: {error.name} is missing: pip install -e ".[export]"') from None
+    new = f"{path}.new"
     torch.onnx.export(
         whole,
         (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
-        path,
+        new,
         input_names=["pixels"],
         output_names=["features", "logit"],
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
@@ -174,7 +175,12 @@ def write_onnx(whole, size, path):
         external_data=False,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    model = onnx.load(new)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]  # in which torch notes paths of this machine
+        part.doc_string = ""
+    onnx.save(model, new)
+    session = onnxruntime.InferenceSession(new, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     for batch in (1, 3):
         pixels = rng.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
@@ -183,8 +189,10 @@ def write_onnx(whole, size, path):
         theirs = session.run(None, {"pixels": pixels})
         for name, a, b in zip(("features", "logit"), ours, theirs, strict=True):
             off = float(np.abs(a.numpy() - b).max() / max(np.abs(b).max(), 1.0))
-            if a.shape != b.shape or off > TOLERANCE:
-                raise UserError(f"{path}: its {name} differ from torch's by {off:.1e}: not exact")
+            if a.shape != b.shape or not off <= TOLERANCE:
+                os.unlink(new)
+                raise UserError(f"--onnx: its {name} differ from torch's by {off:.1e}; not kept")
+    os.replace(new, path)
 
 
 @entry_point
@@ -197,9 +205,10 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     trained, out = Trained(args.run), Path(args.out)
-    if args.onnx and trained.probe is None:
+    probe = trained.probes.get(trained.kept)
+    if args.onnx and probe is None:
         raise UserError(f"{args.run}: --onnx holds the probe, and this run has none")
-    names = [ENCODER, CARD, *([PROBE] if trained.probe is not None else [])]
+    names = [ENCODER, CARD, *([PROBE] if probe is not None else [])]
     names += [ONNX] if args.onnx else []
     if there := [str(out / name) for name in names if (out / name).exists() and not args.force]:
         raise UserError(f"{', '.join(there)}: there already; --force overwrites")
@@ -208,14 +217,13 @@ def main(argv=None):
     weights = {k: v.contiguous().clone() for k, v in trained.encoder.state_dict().items()}
     about = metadata(trained, architecture, how)
     (out / ENCODER).write_bytes(save(weights, about))
-    if trained.probe is not None:
-        probe = trained.probe.float()
-        probe = {"weight": probe[None, :-1].contiguous(), "bias": probe[-1:].clone()}
-        (out / PROBE).write_bytes(save(probe, {"format": "pt", "fitted": trained.kind}))
-    write_atomically(out / CARD, card(trained, architecture, how, trained.probe is not None))
+    if probe is not None:
+        parts = {"weight": probe[None, :-1].float().contiguous(), "bias": probe[-1:].float()}
+        (out / PROBE).write_bytes(save(parts, {"format": "pt", "fitted": trained.kept}))
+    write_atomically(out / CARD, card(trained, architecture, how, probe is not None))
     if args.onnx:
         say("writing ONNX, and comparing it")
-        whole = Whole(trained.encoder, trained.probe).eval()
+        whole = Whole(trained.encoder, probe).eval()
         write_onnx(whole, trained.config["data"]["image_size"], os.fspath(out / ONNX))
     print(f"{out}: {', '.join(names)}")
 

@@ -26,7 +26,7 @@ from common.distributed import mixed_precision, to_device
 from common.images import ImageFolder
 from common.inspection.listing import list_images, share
 from common.inspection.scores_file import Part, files_hash, line_of, sidecar, write_scores
-from common.inspection.trained import Trained
+from common.inspection.trained import Scorer, Trained
 from common.label_table import normal_name
 from common.running.errors import ImageError, UserError
 from common.running.process import Stopped, StopSignal, entry_point, start_process
@@ -36,7 +36,6 @@ from common.running.schema import path_argument
 AT_ONCE = 64  # images
 SHOWN = 20  # unreadable images in the terminal
 DEFAULT_THRESHOLD = 0.5
-NO_DEFECT = "the run's validation has no labelled defect"
 
 
 class _Images(Dataset):
@@ -65,10 +64,10 @@ def _collate(samples):
 
 
 @torch.no_grad()
-def score_images(trained, root, filename, part, workers, device):
+def score_images(scorer, root, filename, part, workers, device):
     """Score the images from where the part ends. Raises Stopped where it was asked to stop."""
-    done, stop = len(part.lines), StopSignal()
-    scores_of = trained.scorer(root, filename)
+    done, stop, trained = len(part.lines), StopSignal(), scorer.trained
+    scores_of = scorer.of(root, filename)
     clean = ColorJitterNormalize(seed=0).clean
     autocast, _ = mixed_precision(trained.config["optimization"]["precision"], device)
     encoder = to_device(trained.encoder, device, AT_ONCE)
@@ -93,14 +92,15 @@ def score_images(trained, root, filename, part, workers, device):
     progress.close()
 
 
-def operating_point(trained, args):
+def operating_point(held, args):
     """(Calibration or None, prevalence or None, Expected or None) of a command line."""
-    held = trained.held
-    calibration, why = held.calibration() if trained.reference is None else (None, NO_DEFECT)
-    if calibration is None and (args.threshold or args.prevalence):
-        raise UserError(f"--threshold and --prevalence need probabilities, but {why}")
+    calibration, why = held.calibration()
     if calibration is None:
         say(f"no probabilities: {why}")
+        if args.threshold:
+            raise UserError(f"--threshold is of a probability, but {why}")
+    if args.prevalence and not (len(held.defects) and len(held.normals)):
+        raise UserError(f"--prevalence changes nothing here: {why}")
     prevalence = args.prevalence or (calibration.share if calibration else None)
     if args.recall:
         return calibration, prevalence, held.at_recall(args.recall)
@@ -108,7 +108,7 @@ def operating_point(trained, args):
         return calibration, prevalence, held.at_false_alarms(args.false_alarms)
     if calibration is None:
         say("no decisions: --false-alarms gives them")
-        return None, None, None
+        return None, prevalence, None
     p = args.threshold or DEFAULT_THRESHOLD
     how = f"a probability of at least {p:g}"
     return calibration, prevalence, held.at(calibration.score(p, prevalence), how)
@@ -145,48 +145,52 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    if args.force:
-        Path(f"{out}.part").unlink(missing_ok=True)
-    elif there := [str(path) for path in (out, sidecar(out)) if path.exists()]:
+    there = [str(path) for path in (out, sidecar(out)) if path.exists()]
+    if there and not args.force:
         raise UserError(f"{', '.join(there)}: there already; --force overwrites")
     if out.suffix == ".json" or not out.parent.is_dir():
         raise UserError(f"--out {out}: expected a CSV file in a folder that is there")
     trained = Trained(args.run)
-    say(trained.describe())
-    root, filename, others = list_images(args.paths, args.image_root)
+    scorer = Scorer(trained)
+    say(scorer.describe())
+    root, filename, others, skipped = list_images(args.paths, args.image_root)
     if others:
         say(f"{others} other files in these folders are no images, by their names")
-    calibration, prevalence, expected = operating_point(trained, args)
+    calibration, prevalence, expected = operating_point(scorer.held, args)
     if expected:
         say(outlook_text(expected, prevalence, len(filename)))
+    threshold = expected and expected.threshold
     of = {"run": os.path.realpath(args.run), "checkpoint_sha256": trained.sha}
-    of |= {"score": trained.kind, "root": root}
-    part = Part(out, of | {"images": len(filename), "files_sha256": files_hash(filename)})
-    device = start_process(trained.config["seed"], deterministic=False).device
-    score_images(trained, root, filename, part, args.workers, device)
-    part.close()
+    of |= {"score": scorer.kind, "root": root}
     about = of | {
         "method": trained.result["method"],
         "backbone": trained.result["backbone"],
         "prevalence": prevalence,
         "calibration": calibration and vars(calibration),
-        "threshold": expected and {"score": expected.threshold, "how": expected.how},
+        "threshold": expected and {"score": threshold, "how": expected.how},
         "expected": expected and prevalence and expected.outlook(prevalence, len(filename)),
         "validation": {
-            "normals": len(trained.held.normals),
-            "defects": len(trained.held.defects),
-            "score_recall_false_alarms": trained.held.curve(),
+            "normals": len(scorer.held.normals),
+            "defects": len(scorer.held.defects),
+            "score_recall_false_alarms": scorer.held.curve(threshold),
         },
     }
+    images = {"images": len(filename), "files_sha256": files_hash(filename)}
+    part = Part(out, of | images, args.force)
+    device = start_process(trained.config["seed"], deterministic=False).device
+    score_images(scorer, root, filename, part, args.workers, device)
+    part.close()
     probability = calibration and (lambda score: calibration.probability(score, prevalence))
-    threshold = expected and expected.threshold
     bad = write_scores(out, filename, part.lines, probability, threshold, about)
     part.path.unlink()
     print(f"{out}: {len(filename) - len(bad)} images scored")
+    for name, why in [*skipped.items(), *bad.items()][:SHOWN]:
+        print(f"{name}: {why}", file=sys.stderr)
     if bad:
-        for name, why in [*bad.items()][:SHOWN]:
-            print(f"{name}: {why}", file=sys.stderr)
         print(f"{len(bad)} images cannot be used; {sidecar(out)} lists them", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} folders were not looked into", file=sys.stderr)
+    if bad or skipped:
         sys.exit(1)
 
 

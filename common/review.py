@@ -75,16 +75,17 @@ def page_data(rows, about, root, order):
     progress.close()
     names = json.dumps([about["checkpoint_sha256"], about["root"], [s["file"] for s in shown]])
     curve = about["validation"]["score_recall_false_alarms"]
-    threshold = about.get("threshold") or {"score": curve[len(curve) // 2][0]}
+    middle = curve[len(curve) // 2][0] if curve else None
     kept = {key: about.get(key) for key in ("calibration", "prevalence")}
     return kept | {
         "id": hashlib.sha256(names.encode()).hexdigest()[:16],
         "run": f"{Path(about['run']).name}: {about['method']}, {about['backbone']}",
+        "root": about["root"],
         "images": shown,
         "total": about["counts"]["images"] - about["counts"]["unreadable"],
         "order": ORDERS[order],
         "curve": curve,
-        "threshold": threshold["score"],
+        "threshold": (about.get("threshold") or {"score": middle})["score"],
     }, gone
 
 

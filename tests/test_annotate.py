@@ -1,6 +1,7 @@
 """From a folder to CSVs by group, marks into CSVs, and the check for shortcuts."""
 
 import csv
+import os
 import re
 import shutil
 
@@ -268,3 +269,40 @@ def test_wrong_calls(classes, tmp_path, capsys):
         ((classes, "--out", tmp_path / "o", "--labels", tmp_path / "l.csv"), "l.csv: cannot be"),
     ):
         assert call(*words) == 2 and why in capsys.readouterr().err
+
+
+def test_names_and_folders_that_cannot_be_used(classes, tmp_path, capsys):
+    root = shutil.copytree(classes, tmp_path / "parts")
+    content = sorted((root / "good").iterdir())[1].read_bytes()
+    with open(os.fsencode(root / "good") + b"/Ri\xdf.png", "wb") as file:
+        file.write(content + b"0")
+    (root / "good" / "linked").symlink_to(tmp_path)
+    assert call(root, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "Ri\\udcdf" in said or "Ri\\xdf" in said
+    assert "linked: a link to a folder" in said and "2 files or folders are not in these" in said
+    read_split(tmp_path / "out" / "train.csv", tmp_path / "out" / "val.csv")
+    (root / "crack").rename(root / "Defect")
+    assert call(root, "--out", tmp_path / "no") == 2
+    assert "folder Defect: a column of that name" in capsys.readouterr().err
+    assert call(classes, "--out", tmp_path / "no", "--group", r"^()") == 2
+    assert "1 groups of images cannot be split" in capsys.readouterr().err
+    assert not (tmp_path / "no" / "train.csv").exists()
+
+
+def test_unlabelled_images_beside_classes_are_for_training(classes, tmp_path):
+    root = shutil.copytree(classes, tmp_path / "parts")
+    for i in range(20):
+        draw(root / f"new_{i}.png", 1000 + i)
+    assert call(root, "--out", tmp_path / "out") == 0
+    train, val = read_split(tmp_path / "out" / "train.csv", tmp_path / "out" / "val.csv")
+    assert (train.defect == -1).sum() == 20 and (val.defect >= 0).all()
+
+
+def test_marks_of_another_folder_are_refused(classes, tmp_path, capsys):
+    assert call(classes, "--out", tmp_path / "out") == 0
+    name = next(iter(rows_of(tmp_path / "out" / "train.csv")))
+    for root, code in ((tmp_path, 2), (classes, 0), ("", 0)):
+        (tmp_path / "l.csv").write_text(f"Filename,Defect,Root\n{name},1,{root}\n")
+        assert call(classes, "--out", tmp_path / "out", "--labels", tmp_path / "l.csv") == code
+        assert (code == 2) == ("marks of images in" in capsys.readouterr().err)

@@ -88,6 +88,8 @@ def test_onnx_is_checked_against_onnxruntime(finished, tiny_set, tmp_path, monke
     session = onnxruntime.InferenceSession(
         tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"]
     )
+    text = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert str(ROOT).encode() not in text and b"site-packages" not in text
     for n in (1, 4):
         got = session.run(None, {"pixels": images[:n].numpy()})
         np.testing.assert_allclose(got[0], features[:n], atol=2e-3 * np.abs(features).max())
@@ -104,6 +106,23 @@ def test_onnx_is_checked_against_onnxruntime(finished, tiny_set, tmp_path, monke
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     assert call("--run", finished, "--out", tmp_path / "wrong", "--onnx") == 2
     assert "differ from torch's" in capsys.readouterr().err
+    assert not list((tmp_path / "wrong").glob("model*"))
+
+
+def test_a_run_without_labels_is_exported_too(finished, tmp_path):
+    """Its encoder is all that is wanted; and a probe is kept whatever validation has."""
+    for name, features in (("few", 3), ("none", 0)):
+        kept = shutil.copytree(finished, tmp_path / name)
+        with np.load(kept / "normal_features.npz") as stored:
+            arrays = {key: stored[key][:features] for key in stored.files}
+        np.savez(kept / "normal_features.npz", **arrays)
+        with np.load(kept / "val_scores.npz") as stored:
+            arrays = dict(stored)
+        np.savez(kept / "val_scores.npz", **arrays | {"label": np.full_like(arrays["label"], -1)})
+        if not features:
+            np.savez(kept / "offline_probe.npz")
+        assert call("--run", kept, "--out", tmp_path / f"{name}_out") == 0
+        assert (tmp_path / f"{name}_out" / "probe.safetensors").exists() == bool(features)
 
 
 def test_nothing_is_overwritten_and_a_run_without_a_probe_has_none(finished, tmp_path, capsys):

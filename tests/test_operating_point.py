@@ -133,7 +133,10 @@ def test_curve():
     scores, labels = drawn(3000)
     held = Held(scores, labels)
     curve = np.array(held.curve())
-    assert len(curve) <= 400 and (np.diff(curve[:, 0]) < 0).all()
+    assert 300 < len(curve) <= 400 and (np.diff(curve[:, 0]) < 0).all()
+    assert (curve[:20, 0] == np.sort(np.unique(scores))[::-1][:20]).all()  # all of the highest
+    assert Held([], []).curve(1.0) == [] == Held([1.0], [-1]).curve()
+    assert 0.123 in [row[0] for row in held.curve(0.123)]
     for t, recall, alarms in curve[::37]:
         assert recall == pytest.approx((scores[labels == 1] >= t).mean())
         assert alarms == pytest.approx((scores[labels == 0] >= t).mean())

@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small import run
 
@@ -87,16 +88,16 @@ def test_an_encoder_is_the_one_that_was_scored(features, tiny_set, tmp_path):
 
 def test_folders_files_and_names(folder, tmp_path):
     (folder / "notes.txt").write_text("no image")
-    root, names, others = list_images([str(folder)])
+    root, names, others, _ = list_images([str(folder)])
     assert (root, len(names), others) == (str(folder), 30, 1)
     assert names[:2].tolist() == [b"06.png", b"07.png"] and names[-1] == b"a/05.png"
     files = [str(folder / "a" / "01.png"), str(folder / "07.png"), str(folder / "a" / "01.png")]
-    root, names, _ = list_images(files)
+    root, names, *_ = list_images(files)
     assert (root, names.tolist()) == (str(folder), [b"a/01.png", b"07.png"])
-    root, names, _ = list_images([str(folder / "a"), str(folder / "07.png")], str(tmp_path))
+    root, names, *_ = list_images([str(folder / "a"), str(folder / "07.png")], str(tmp_path))
     assert (root, names[0], names[-1]) == (str(tmp_path), b"new/a/00.png", b"new/07.png")
     (tmp_path / "list.csv").write_text("x;Filename\n1;a\\01.png\n2;./07.png\n\n3;07.png\n")
-    root, names, _ = list_images([str(tmp_path / "list.csv")], str(folder))
+    root, names, *_ = list_images([str(tmp_path / "list.csv")], str(folder))
     assert (root, names.tolist()) == (str(folder), [b"a/01.png", b"07.png"])
     bad = (
         ([str(folder / "none.png")], None, "none.png: no such file"),
@@ -208,7 +209,7 @@ def test_without_a_defect_in_validation(finished, tiny_set, tmp_path, capsys):
     assert {row["decision"] for row in rows_of(out)} == {""}
     for option in (("--threshold", 0.5), ("--prevalence", 0.1), ("--recall", 0.9)):
         assert call(*how, data["data.val_csv"], "--force", *option) == 2
-        assert "defect" in capsys.readouterr().err
+        assert "0 defect images" in (said := capsys.readouterr().err) or "has 0" in said
     # A training image of the reference is no neighbour of its own.
     assert call(*how, data["data.train_csv"], "--force") == 0
     itself = {row["file"]: float(row["score"]) for row in rows_of(out)}
@@ -277,3 +278,71 @@ def test_a_checkpoint_of_before_the_end_is_refused(finished, folder, tmp_path, c
     save_checkpoint(kept, read_checkpoint(kept / "last.pt") | {"epochs_done": 1})
     assert call("--run", kept, folder, "--out", tmp_path / "s.csv") == 2
     assert "last.pt: not of the run's end" in capsys.readouterr().err
+
+
+def test_what_was_done_survives_a_restart_by_force(finished, folder, tmp_path, monkeypatch, capsys):
+    """Also where what is overwritten is there already, and after a run that was misspelt."""
+    out, add, seen = tmp_path / "s.csv", Part.add, []
+    assert call("--run", finished, folder / "a", "--out", out) == 0
+    monkeypatch.setattr(predict, "AT_ONCE", 4)
+
+    def stopping(self, lines):
+        add(self, lines)
+        seen.append(len(lines))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Part, "add", stopping)
+    assert call("--run", finished, folder, "--out", out, "--force") == 75
+    assert call("--run", tmp_path / "typo", folder, "--out", out, "--force") == 2
+    assert call("--run", finished, folder, "--out", out, "--force") == 0
+    assert sum(seen) == 30 and len(rows_of(out)) == 30
+
+
+def test_normals_alone_may_be_scored_with_both_kinds_in_validation(finished, folder, tmp_path):
+    """A run without a probe: calibrated by distance, as validation has defects to see it by."""
+    kept = shutil.copytree(finished, tmp_path / "run")
+    np.savez(kept / "offline_probe.npz")
+    how = "--run", kept, folder, "--out", tmp_path / "s.csv", "--prevalence", 0.1
+    assert call(*how, "--recall", 0.5) == 0
+    rows, about = read_scores(tmp_path / "s.csv")
+    assert about["score"] == "knn" and about["prevalence"] == 0.1 and about["expected"]["precision"]
+    assert all(row["probability"] and row["decision"] for row in rows)
+
+
+def test_validation_without_a_label(finished, folder, tmp_path, capsys):
+    def nothing_known(arrays):
+        arrays["label"] = np.full_like(arrays["label"], -1)
+
+    blind = relabelled(finished, tmp_path / "run", nothing_known)
+    assert call("--run", blind, folder, "--out", tmp_path / "s.csv") == 0
+    rows, about = read_scores(tmp_path / "s.csv")
+    assert {row["decision"] for row in rows} == {""} and len(rows) == 30
+    assert about["validation"]["score_recall_false_alarms"] == []
+
+
+def test_features_that_overflow_are_no_normals(finished, folder, tmp_path, monkeypatch):
+    from common.inspection import trained
+
+    score = trained.apply_probe
+    monkeypatch.setattr(
+        trained, "apply_probe", lambda *how: score(*how).index_fill(0, torch.tensor([0]), np.nan)
+    )
+    assert call("--run", finished, folder, "--out", tmp_path / "s.csv") == 1
+    rows, about = read_scores(tmp_path / "s.csv")
+    assert rows[-1]["decision"] == "unreadable"
+    assert "not finite" in about["unreadable"][rows[-1]["file"]]
+
+
+def test_folders_that_were_not_looked_into_are_named(finished, folder, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(folder / "07.png", tmp_path / "elsewhere" / "x.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert call("--run", finished, folder, "--out", tmp_path / "s.csv") == 1
+    said = capsys.readouterr().err
+    assert (
+        "linked: a link to a folder; name it" in said and "1 folders were not looked into" in said
+    )
+    both = [str(folder / "a"), str(folder / "linked")]
+    root, names, *_ = list_images(both)
+    assert root == str(tmp_path) and names[-1] == b"elsewhere/x.png"

@@ -304,7 +304,7 @@ def of_budget(labels, auroc, script="simclr", frozen=True, init_from=None, seed=
 def test_the_label_budget_has_a_line_a_start():
     entries = [of_budget(n, 0.5 + n / 1000) for n in (400, 100)]
     entries += [of_budget(100, x, init_from="a", seed=i) for i, x in enumerate((0.6, 0.8))]
-    entries += [of_budget(100, 0.7, "supervised", False), of_budget(100, None, init_from="b")]
+    entries += [of_budget(100, 0.7, "supervised", False), of_budget(100, None, init_from="a")]
     entries += [of_budget(n, 0.9, "supervised", False, "a") for n in (100, 400)]
     figure = label_budget(entries)
     (axis,) = figure.axes
@@ -316,6 +316,9 @@ def test_the_label_budget_has_a_line_a_start():
         "supervised, fine-tuned, ResNet-18": [[100, 0.9], [400, 0.9]],
     }
     assert [text.get_text() for text in axis.get_xticklabels()] == ["100", "400"]
+    figure = label_budget([of_budget(100, 0.6, init_from=f"x/{name}") for name in "ab"])
+    named = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert named == [f"probe on pre-trained features ({name}), ResNet-18" for name in "ab"]
 
 
 def test_a_grid_of_label_budgets_is_reported(tmp_path, tiny_set):

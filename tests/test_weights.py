@@ -239,12 +239,13 @@ def test_other_files_are_refused(tmp_path, capsys):
         torch.save(content, tmp_path / "file.pt")
         with pytest.raises(UserError, match=why):
             init_encoder(vit, str(tmp_path / "file.pt"))
-    for name, content in (("cut.pt", b"PK\3\4"), ("x.safetensors", b"no"), ("text.pth", b"hello")):
+    texts = {"text.pth": b"hello", "error.pth": b"error: no such model\n", "empty.pt": b""}
+    for name, content in (texts | {"cut.pt": b"PK\3\4", "x.safetensors": b"no"}).items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             init_encoder(vit, str(tmp_path / name))
-    for path in ("none.pt", "none"):
-        with pytest.raises(UserError, match="none"):
+    for path in ("none.pt", "none.safetensors", "none"):
+        with pytest.raises(UserError, match="none.*No such file"):
             init_encoder(vit, str(tmp_path / path))
     with pytest.raises(UserError):
         init_encoder(vit, str(tmp_path))  # a folder that is no run's
@@ -263,3 +264,24 @@ def test_settled_statistics_are_for_random_encoders_only(tiny_set, tmp_path):
     folder = run("simclr", tmp_path, tiny_set, "random", "run.frozen_encoder=true")
     saved = read_checkpoint(folder / "last.pt")["model"]
     assert not np.allclose(saved["backbone.bn1.running_mean"].numpy(), 0)
+
+
+def test_the_heads_of_a_run_are_known(tiny_set, tmp_path):
+    words = ["optimization.epochs=1", "num_heads=6", "patch_size=8", "run.frozen_encoder=true"]
+    other = run("simclr", tmp_path, tiny_set, "six", *words, backbone="vit_tiny")
+    model, _ = small.build("simclr", "vit_tiny")
+    with pytest.raises(UserError, match="num_heads 6, this run 3"):
+        init_encoder(model, str(other))
+
+
+def test_a_resume_keeps_the_hash_of_what_it_started_from(tiny_set, tmp_path, monkeypatch):
+    torch.save(encoder("resnet18").state_dict(), tmp_path / "file.pt")
+    words = [f"run.init_from={tmp_path / 'file.pt'}"]
+    with monkeypatch.context() as patched:
+        small.stop_at(patched, 3)
+        with pytest.raises(SystemExit):
+            run("simclr", tmp_path, tiny_set, "run", *words)
+    first = read_json(tmp_path / "run" / "provenance.json")["init_from_sha256"]
+    torch.save(encoder("resnet18", seed=8).state_dict(), tmp_path / "file.pt")
+    folder = run("simclr", tmp_path, tiny_set, "run", *words)
+    assert read_json(folder / "provenance.json")["init_from_sha256"] == first

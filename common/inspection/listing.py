@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,17 @@ def share(text):
     return value
 
 
+class Listing(NamedTuple):
+    """The images that were named."""
+
+    root: str
+    filename: np.ndarray  # (N,) names below it as bytes, each once
+    others: int  # files in folders that are no images, by their names
+    skipped: dict  # {folder: why it was not looked into}
+
+
 def list_images(paths, image_root=None):
-    """(root, (N,) file names below it as bytes, each once, how many other files were passed over).
+    """Listing of the images that a command line names.
 
     paths: files and folders, or one CSV with a column Filename; image_root: what names are relative
     to, otherwise the one folder, the CSV's folder, or the deepest folder that holds all. A folder's
@@ -29,13 +39,13 @@ def list_images(paths, image_root=None):
     """
     if len(paths) == 1 and paths[0].lower().endswith((".csv", ".tsv")):
         root = image_root or os.path.dirname(paths[0]) or "."
-        return os.path.realpath(root), _array(_names(paths[0])), 0
+        return Listing(os.path.realpath(root), _array(_names(paths[0])), 0, {})
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
     folders = [path if os.path.isdir(path) else os.path.dirname(path) or "." for path in paths]
-    root = os.path.realpath(image_root or os.path.commonpath(map(os.path.abspath, folders)))
-    found, others = {}, 0
+    root = os.path.realpath(image_root or os.path.commonpath(map(os.path.realpath, folders)))
+    found, others, skipped = {}, 0, {}
     for path, folder in zip(paths, folders, strict=True):
         at = os.path.realpath(folder)
         below = at == root or at.startswith(os.path.join(root, ""))
@@ -44,15 +54,19 @@ def list_images(paths, image_root=None):
         if folder != path:
             found[os.path.relpath(os.path.join(at, os.path.basename(path)), root)] = None
             continue
-        for place, inside, files in os.walk(at):
+        unreadable = []
+        for place, inside, files in os.walk(at, onerror=unreadable.append):
             inside.sort()
+            links = [os.path.join(place, name) for name in inside]
+            skipped |= {p: "a link to a folder; name it" for p in links if os.path.islink(p)}
             images = sorted(name for name in files if name.lower().endswith(SUFFIXES))
             others += len(files) - len(images)
             prefix = "" if place == root else os.path.relpath(place, root) + os.sep
             found |= dict.fromkeys(prefix + name for name in images)
+        skipped |= {error.filename: error.strerror for error in unreadable}
     if not found:
         raise UserError(f"{', '.join(paths)}: no images ({' '.join(SUFFIXES)})")
-    return root, _array(name.replace(os.sep, "/") for name in found), others
+    return Listing(root, _array(name.replace(os.sep, "/") for name in found), others, skipped)
 
 
 def _array(names):

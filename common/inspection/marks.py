@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import os
 from pathlib import Path
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED, read_annotations
@@ -30,14 +31,27 @@ def read_marks(path):
     return names, int((~known).sum())
 
 
-def fill(train_csv, val_csv, labels_csv):
+def _roots(path):
+    """Which folders the marked images lay in when they were scored, real paths."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        roots = {row.get("Root") for row in csv.DictReader(file)}
+    return {os.path.realpath(root) for root in roots if root}
+
+
+def fill(folder, train_csv, val_csv, labels_csv):
     """Marks into the empty cells of train_csv; what it was is kept as train_1.csv, train_2.csv, ...
 
-    Raises UserError where a mark is of a validation image, whose labels must not depend on scores,
-    or of an image that neither CSV has.
+    folder: that the CSVs' names are relative to. Raises UserError where a mark is of an image below
+    another folder, of a validation image, whose labels must not depend on scores, or of an image
+    that neither CSV has.
     """
     marks, unsure = read_marks(labels_csv)
     train, val = read_annotations(train_csv), read_annotations(val_csv)
+    if other := _roots(labels_csv) - {os.path.realpath(folder)}:
+        raise UserError(
+            f"{labels_csv}: marks of images in {', '.join(sorted(other))}, not in {folder}. Where "
+            "that is the same folder, which has moved, take the column Root away"
+        )
     in_val = [val.name(i) for i in range(len(val)) if val.name(i) in marks]
     unknown = set(marks).difference(map(train.name, range(len(train))), in_val)
     for found, why in (

@@ -176,15 +176,24 @@ class Held:
         enough = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share))
         return k, "with 95 % confidence" if sure else f"on average (for 95 % confidence: {enough})"
 
-    def curve(self):
-        """At most CURVE rows [threshold, R, F] from the highest threshold on; None where unknown.
+    def curve(self, threshold=None):
+        """Some CURVE rows [threshold, R, F] from the highest threshold on; None where unknown.
 
-        The rates of `score >= threshold`, for a slider.
+        The rates of `score >= threshold`, for a slider: closest where few are flagged, and with the
+        threshold that is given. No rows without a labelled image.
         """
         every = np.unique(np.concatenate([self.defects, self.normals]))[::-1]
-        chosen = np.unique(np.linspace(0, len(every) - 1, CURVE).round().astype(int))
+        if not len(every):
+            return []
+        steps = (
+            np.linspace(0, 1, CURVE // 2) * (len(every) - 1),
+            np.geomspace(1, len(every), CURVE // 2) - 1,
+        )
+        chosen = every[np.unique(np.concatenate(steps).round().astype(int))].astype(np.float64)
+        if threshold is not None:
+            chosen = np.append(chosen, threshold)
         rows = []
-        for t in every[chosen]:
+        for t in np.unique(chosen)[::-1]:
             rates = [
                 1 - float(np.searchsorted(group, t)) / len(group) if len(group) else None
                 for group in (self.defects, self.normals)

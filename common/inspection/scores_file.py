@@ -29,28 +29,37 @@ class Part:
     A line is a score, or `!` and why there is none.
     """
 
-    def __init__(self, out, header):
-        """header: plain types. Raises UserError where what is there is of another."""
+    def __init__(self, out, header, force=False):
+        """header: plain types. What is there of another header is an error, or forgotten by force.
+
+        Raises UserError.
+        """
         self.path, self.lines = Path(f"{out}.part"), []
-        first = json.dumps(header, sort_keys=True)
+        first, end = f"{json.dumps(header, sort_keys=True)}\n", 0
         with contextlib.suppress(FileNotFoundError):
-            text = regular(self.path).read_text(encoding="utf-8", errors="replace")
-            there = text.splitlines(True)
-            if there and there[0] != f"{first}\n":
+            there = regular(self.path).read_bytes().splitlines(keepends=True)
+            is_ours = there[:1] == [first.encode()]
+            if there and not is_ours and not force:
                 raise UserError(
                     f"{self.path}: begun with another run or other images; give that command again "
                     "to end it, or --force to forget it"
                 )
-            self.lines = _whole(there[1:])
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (see close)
-        self._file.writelines([f"{first}\n", *self.lines])
+            if is_ours:
+                self.lines = _whole(there[1:])
+                end = len(first.encode()) + sum(len(line.encode()) for line in self.lines)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (see close)
+        self._file.truncate(end)  # so what is done stays, whatever happens now
+        if not end:
+            self._append([first])
+
+    def _append(self, lines):
+        self._file.write("".join(lines).encode())
         self._file.flush()
 
     def add(self, lines):
         """Lines of the images that come next."""
+        self._append(lines)
         self.lines += lines
-        self._file.writelines(lines)
-        self._file.flush()
 
     def close(self):
         self._file.close()
@@ -58,17 +67,22 @@ class Part:
 
 def line_of(score):
     """A line of a score, or of a text that says why there is none."""
+    if not isinstance(score, str) and not math.isfinite(score):
+        score = "its features are not finite"
     return f"!{' '.join(score.split())}\n" if isinstance(score, str) else f"{score}\n"
 
 
 def _whole(lines):
-    """The lines up to the first that a kill or a full disk left broken."""
-    for i, line in enumerate(lines):
+    """Lines as text, up to the first that a kill or a full disk left broken. lines: of bytes."""
+    found = []
+    for line in lines:
         with contextlib.suppress(ValueError):
-            if line.endswith("\n") and (line.startswith("!") or math.isfinite(float(line))):
+            text = line.decode()
+            if text.endswith("\n") and (text.startswith("!") or math.isfinite(float(text))):
+                found.append(text)
                 continue
-        return lines[:i]
-    return lines
+        break
+    return found
 
 
 def files_hash(filename):

@@ -20,48 +20,57 @@ KNN = "knn"
 
 
 class Trained:
-    """A finished run's encoder and the score that it keeps, with validation's."""
+    """A finished run's encoder, the probes that it keeps, and its validation scores."""
 
     def __init__(self, folder):
-        """Raises UserError where the run is not finished, or has nothing to score with."""
+        """Raises UserError where the run is not finished or cannot be read."""
         self.folder, self.result = Path(folder), read_result(folder)
         self.encoder, self.config, self.sha = trained_encoder(folder)
         try:
             with np.load(regular(self.folder / OFFLINE_PROBE)) as stored:
-                probes = {name: torch.from_numpy(stored[name]) for name in stored.files}
+                self.probes = {name: torch.from_numpy(stored[name]) for name in stored.files}
             with np.load(regular(self.folder / SCORES)) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+                self.arrays = {name: stored[name] for name in stored.files}
         except Exception as error:
             why = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(f"{folder}: its scores cannot be read ({why})") from None
-        labels = arrays["label"]
-        names = [name for name in PROBES if name in probes and (labels == 1).any()]
-        self.kind, self.reference, self.probe = names[0] if names else KNN, None, None
-        if names:
-            self.probe, scores = probes[self.kind], arrays[f"logit_{self.kind}"]
-        else:
-            self.reference = NormalReference.load(self.folder / REFERENCE)
+        self.kept = next((name for name in PROBES if name in self.probes), None)
+
+
+class Scorer:
+    """What scores new images: a probe, or, without one or a defect to see it by, the normals."""
+
+    def __init__(self, trained):
+        """Raises UserError where the run has neither."""
+        self.trained, self.reference = trained, None
+        labels = trained.arrays["label"]
+        self.kind = trained.kept if (labels == 1).any() else None
+        scores = trained.arrays[f"logit_{self.kind}"] if self.kind else None
+        if self.kind is None:
+            self.kind, self.reference = KNN, NormalReference.load(trained.folder / REFERENCE)
             if self.reference.why:
-                raise UserError(f"{folder}: nothing to score with: {self.reference.why}")
-            scores = arrays[f"score_{KNN}"]
+                raise UserError(f"{trained.folder}: nothing to score with: {self.reference.why}")
+            scores = trained.arrays[f"score_{KNN}"]
         self.held = Held(scores, labels)
 
     def describe(self):
         """What scores, in a line."""
-        r, held = self.result, self.held
-        how = f"the {self.kind} probe" if self.reference is None else "the distance to normals"
-        text = f"{self.folder} ({r['method']}, {r['backbone']}, "
-        text += f"{self.config['data']['image_size']} px), by {how}"
-        auroc = r[f"val_{self.kind}"]["auroc"] if self.reference is None else None
-        if auroc is not None:
-            text += f": AUROC {auroc:.3f} on its validation set"
+        r, held = self.trained.result, self.held
+        how, of = f"the {self.kind} probe", r.get(f"val_{self.kind}", {})
+        if self.reference is not None:
+            how, of = "the distance to normals", r["val_normal_only"][KNN]
+        text = f"{self.trained.folder} ({r['method']}, {r['backbone']}, "
+        text += f"{self.trained.config['data']['image_size']} px), by {how}"
+        if of.get("auroc") is not None:
+            text += f": AUROC {of['auroc']:.3f} on its validation set"
         return f"{text}, {len(held.normals)} normals and {len(held.defects)} defects"
 
-    def scorer(self, root, filename):
+    def of(self, root, filename):
         """(features (n, D), positions in filename) -> scores (n,) float32."""
         if self.reference is None:
-            return lambda features, _: apply_probe(self.probe, features).float().numpy()
-        trained_on = os.path.realpath(self.config["data"]["image_root"])
+            probe = self.trained.probes[self.kind]
+            return lambda features, _: apply_probe(probe, features).float().numpy()
+        trained_on = os.path.realpath(self.trained.config["data"]["image_root"])
         known = {
             os.path.join(trained_on, n.decode()): i for i, n in enumerate(self.reference.filename)
         }

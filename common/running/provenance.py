@@ -23,11 +23,12 @@ SCRIPT, DIFF = "script.py", "git.diff"
 LARGEST_DIFF = 1 << 20  # bytes
 
 
-def add(folder, cfg, place, step, data_sha):
+def add(folder, cfg, place, step, data_sha, init_sha=None):
     """Note one start of a run: what code, on what, with which versions, from which step on.
 
     Keeps the script that is running and what differs from the last commit. place: rank, world size
-    and device; step: above 0 where a run is gone on with, and another script gets a warning.
+    and device; step: above 0 where a run is gone on with, and another script gets a warning;
+    init_sha: of the weights that it started from.
     """
     folder = Path(folder)
     commit = modified = None
@@ -62,7 +63,7 @@ def add(folder, cfg, place, step, data_sha):
         "data_sha256": data_sha,
         "csv_sha256": csv_hashes(cfg.data),
         "init_from": cfg.run.init_from,
-        "init_from_sha256": init_hash(cfg.run.init_from),
+        "init_from_sha256": init_sha,
     }
     write_json(folder / PROVENANCE, start | {"earlier_starts": earlier})
 

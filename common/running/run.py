@@ -76,6 +76,7 @@ class Run:
         saved, name = checkpoint.load_checkpoint(self.folder, warn=say)
         self._last_is_whole = name == checkpoint.LAST
         log_size = 0
+        self._init_sha = provenance.init_hash(self.cfg.run.init_from)
         if saved is None and self.cfg.run.init_from:
             init_encoder(state.model, self.cfg.run.init_from)
         elif saved is not None:
@@ -86,13 +87,14 @@ class Run:
             state.restore(saved["state"] | {"model": saved["model"]}, self.rank)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
             self._watch = Stopwatch(saved["seconds"], saved["train_seconds"])
-            log_size = saved["log_size"]
+            log_size, self._init_sha = saved["log_size"], saved.get("init_sha256")
             say(f"going on at step {self.step} of {self.total_steps}")
         if self.is_first:
             if saved is None:
                 files.write_subset(self.folder, *self._subset)
             files.write_config(self.folder, dataclasses.asdict(self.cfg))
-            provenance.add(self.folder, self.cfg, self.place, self.step, self.data_sha)
+            sha = self.data_sha, self._init_sha
+            provenance.add(self.folder, self.cfg, self.place, self.step, *sha)
         self.log = RunLog(self.folder, log_size, self.step) if self.is_first else None
         batch = self.cfg.optimization.batch_size
         self._progress = Progress(self.total_steps * batch, "training", "images", self.step * batch)
@@ -212,6 +214,7 @@ class Run:
             "epochs_done": self.epochs_done,
             "config": identity(self.cfg, with_paths=False),
             **self._must_stay(),
+            "init_sha256": self._init_sha,
             "versions": files.versions(),
             "seconds": self._watch.seconds(),
             "train_seconds": self._watch.training,

@@ -1,5 +1,7 @@
 """The label budget: how far labels go, from each start."""
 
+from pathlib import Path
+
 import numpy as np
 
 from common.study.figures import panels
@@ -13,7 +15,8 @@ def label_budget(finished):
     A frozen encoder is scored by its offline probe, a supervised run by its head.
     """
     figure, ((axis,),) = panels(1, 1, height=4.2, width=6.5)
-    lines = settings(finished, lambda e: (e.backbone, start_of(e)))
+    starts = {e.run.cfg.run.init_from for e in finished} - {None}
+    lines = settings(finished, lambda e: (e.backbone, start_of(e, len(starts) > 1)))
     for (backbone, start), entries in lines.items():
         by_count = settings(entries, lambda e: _labels_of(e.result))
         counts = sorted(by_count)
@@ -32,12 +35,13 @@ def label_budget(finished):
     return figure
 
 
-def start_of(entry):
-    """What a run of the label budget started from, in print."""
+def start_of(entry, by_name=False):
+    """What a run of the label budget started from, in print; by_name: which weights."""
     options, method = entry.run.cfg.run, entry.result["method"]
+    name = f" ({Path(options.init_from).name})" if by_name and options.init_from else ""
     if options.frozen_encoder:
-        return f"probe on {'random' if options.init_from is None else 'pre-trained'} features"
-    return f"{method}, {'from scratch' if options.init_from is None else 'fine-tuned'}"
+        return f"probe on {'random' if options.init_from is None else 'pre-trained'} features{name}"
+    return f"{method}, {'from scratch' if options.init_from is None else 'fine-tuned'}{name}"
 
 
 def _labels_of(result):
