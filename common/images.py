@@ -114,7 +114,7 @@ def _read(image_root, name):
     """The bytes of a regular file below image_root."""
     path = os.path.realpath(os.path.join(image_root, name))
     if not path.startswith(os.path.join(image_root, "")):
-        raise ImageError("it lies outside data.image_root")
+        raise ImageError(f"a link leads to {path}, outside the folder of the images, {image_root}")
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise ImageError("it is no regular file")
     return Path(path).read_bytes()

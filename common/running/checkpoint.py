@@ -128,7 +128,8 @@ def save_checkpoint(folder, content, keep_last=True):
             os.replace(link, folder / PREVIOUS)
         os.replace(new, folder / LAST)
         sync_folder(folder)
-    except OSError:
+    except OSError as error:
+        error.filename, error.needed = error.filename or os.fspath(new), len(data)
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise

@@ -15,6 +15,10 @@ class UserError(Exception):
     one_rank = False
 
 
+class FaultError(UserError):
+    """A fault of the machine that may be gone when the same command is given again: exit code 3."""
+
+
 class ConfigError(UserError):
     """A config file or override that cannot be used. `values`: what was read of it, if anything."""
 

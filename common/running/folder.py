@@ -26,12 +26,19 @@ PROVENANCE, LOCK, SCORES = "provenance.json", "lock", "val_scores.npz"
 def write_atomically(path, text):
     """text to a file that is either the old one or the new one, whenever it is read."""
     path = Path(path)
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    rank = os.environ.get("RANK", "0")  # another may write the same file at the same time
+    new = path.with_name(f"{path.name}.new{'' if rank == '0' else rank}")
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(new)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, content):

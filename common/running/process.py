@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from common.data import STOP_SIGNALS
-from common.running.errors import ConfigError, UserError
+from common.running.errors import ConfigError, FaultError, UserError
+from common.running.faults import explain
 from common.running.folder import note_refused_config
-from common.running.progress import say, speaks
+from common.running.progress import say, speaks, write_error
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank has
 SECONDS_FOR_WORKERS = 30  # to end by themselves, on a busy machine
@@ -190,61 +191,60 @@ def end_workers():
 
 def _run(main, argv):
     """main(argv), and the exit code."""
-    is_first = speaks()
     try:
-        _within_memory(main, argv)
+        main(argv)
     except UserError as error:
-        if error.one_rank or is_first:
-            print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, ConfigError) and is_first:
-            note_refused_config(error.values, str(error))
-        _report("failed", str(error), False)
-        if not error.one_rank:
-            _wait_for_other_ranks(is_first)
-        return USER_ERROR
-    except Finished:
-        return DONE
-    except Stopped:
-        return STOPPED
+        return _tell(error, speaks())
+    except (Finished, Stopped) as end:
+        return DONE if isinstance(end, Finished) else STOPPED
     except KeyboardInterrupt:
         say("stopped at once; a run goes on from its last checkpoint")
         _report("preempted", "Ctrl-C", True)
         return STOPPED
     except Exception as error:
+        if known := explain(error):
+            return _tell(known, speaks())
         earlier = _report("failed", f"{type(error).__name__}: {error}", True)
         if earlier.get("state") == "failed" and dist.is_initialized():
             return FAULT if earlier["retryable"] else USER_ERROR  # that rank has spoken
-        traceback.print_exc()
+        write_error(traceback.format_exc().rstrip())
         return FAULT
     return DONE
 
 
-def _within_memory(main, argv):
-    """main(argv); out of the GPU's memory is an error of this rank that the user can mend."""
-    try:
-        main(argv)
-    except torch.OutOfMemoryError as error:
-        told = ". ".join(str(error).split(". ")[:2])  # that it was, and how much was asked for
-        told = UserError(f"{told}: lower optimization.batch_size, or use more GPUs")
-        told.one_rank = True
-        raise told from None
+def _tell(error, is_first):
+    """Say what a UserError says, and note it; the exit code."""
+    retryable = isinstance(error, FaultError)
+    if error.one_rank or is_first or not _others_came(is_first):
+        write_error(f"error: {error}")
+        if isinstance(error, ConfigError):
+            note_refused_config(error.values, str(error))
+        _report("failed", str(error), retryable)
+    if is_first and not error.one_rank:
+        _others_came(is_first)
+    return FAULT if retryable else USER_ERROR
 
 
 def _report(state, why, retryable):
     """Tell the run folder; returns the status that an earlier failure left there, or {}."""
-    return _at_exit[0](state, why, retryable) if _at_exit else {}
+    with contextlib.suppress(OSError):  # its disk may be what failed
+        return _at_exit[0](state, why, retryable) if _at_exit else {}
+    return {}
 
 
-def _wait_for_other_ranks(is_first):
+def _others_came(is_first):
     """Let all ranks come to the error that they share, and rank 0 speak, before any ends.
 
     torchrun ends all ranks as soon as one does, and a rank that is gone breaks the others'
-    collectives.
+    collectives. False where the others do not have the error, so that this one has to speak.
     """
+    came = torch.ones(1)
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a rank is elsewhere, or gone: no reason to wait
-            meeting = dist.all_reduce(torch.zeros(1), async_op=True)
+            meeting = dist.all_reduce(came, async_op=True)
             meeting.wait(timedelta(seconds=SECONDS_FOR_OTHER_RANKS))
-    elif not is_first:
+        return came.item() == dist.get_world_size()
+    if not is_first:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(USER_ERROR))
         time.sleep(SECONDS_FOR_OTHER_RANKS)
+    return False

@@ -19,10 +19,21 @@ def speaks():
     return os.environ.get("RANK", "0") == "0" or not os.environ.get("WORLD_SIZE")
 
 
+def write_error(text):
+    """Lines to standard error, above any bar. Where it is closed or its disk is full they are lost,
+    and so is what comes after: no run ends for it.
+    """
+    try:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (held for life)
+
+
 def say(text):
     """A line to the terminal, above any bar; rank 0 only."""
     if speaks():
-        tqdm.write(text, file=sys.stderr)
+        write_error(text)
 
 
 @functools.cache

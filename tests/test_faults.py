@@ -1,0 +1,141 @@
+"""Faults of a machine: a sentence, the right exit code, and nothing lost."""
+
+import errno
+import os
+import sys
+
+import pytest
+import torch
+from small import run, stop_at
+
+import simclr
+from common.running import checkpoint, folder
+from common.running.errors import FaultError, UserError
+from common.running.faults import explain
+from common.running.folder import read_json, write_json
+from common.running.progress import say
+
+CASES = {  # what is raised: part of what is said, whether the same command may help
+    "full disk": (OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"), "/tmp/x/y", True),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "/tmp/x"), "Disk quota exceeded", True),
+    "files": (OSError(errno.EMFILE, "Too many open files"), "ulimit -n", False),
+    "files, by a worker": (RuntimeError("received 0 items of ancdata"), "ulimit -n", False),
+    "/dev/shm": (
+        RuntimeError("DataLoader worker is killed by signal: Bus error. It is possible that ..."),
+        "--shm-size",
+        False,
+    ),
+    "/dev/shm, asked": (
+        RuntimeError("unable to write to file </torch_1> (shm)"),
+        "/dev/shm",
+        False,
+    ),
+    "memory": (MemoryError("Unable to allocate 8.00 TiB for an array"), "8.00 TiB", False),
+    "memory of torch": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+        "data.image_size",
+        False,
+    ),
+    "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory. A. B."), "batch_size", False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fault_is_one_sentence(case, tiny_set, tmp_path, monkeypatch, capsys):
+    error, part, retryable = CASES[case]
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(simclr, "nt_xent_loss", failing)
+    with pytest.raises(SystemExit) as stop:
+        run("simclr", tmp_path, tiny_set, "run")
+    said = capsys.readouterr().err
+    assert stop.value.code == (3 if retryable else 2)
+    assert part in said and "Traceback" not in said and said.count("error: ") == 1
+    status = read_json(tmp_path / "run" / "status.json")
+    assert (
+        status["state"] == "failed" and status["retryable"] is retryable and part in status["why"]
+    )
+
+
+def test_other_errors_are_left_alone():
+    for error in (
+        RuntimeError("shapes do not match"),
+        OSError(errno.EIO, "x"),
+        ValueError("memory"),
+    ):
+        assert explain(error) is None
+    assert isinstance(explain(CASES["quota"][0]), FaultError)
+    assert isinstance(explain(CASES["memory"][0]), UserError)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_disk_that_fills_up_loses_nothing(call, tiny_set, tmp_path, monkeypatch, capsys):
+    """In a save, and while that is reported, too; then the same command ends as if nothing was."""
+    whole = run("simclr", tmp_path, tiny_set, "whole", "run.checkpoint_every_steps=2")
+    full = {"at": None}
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save = checkpoint.save_checkpoint
+
+    def saving(*how, **more):
+        full["at"] = full["at"] or "now"
+        with monkeypatch.context() as broken:
+            if call == "write":
+                broken.setattr("builtins.open", fail)
+            else:
+                broken.setattr(os, call, fail)
+            save(*how, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("common.running.run.checkpoint.save_checkpoint", saving)
+        patched.setattr(folder, "write_atomically", fail)  # so that no status can be written
+        patched.setattr(folder, "write_config", lambda *_: None)
+        with pytest.raises(SystemExit) as stop:
+            run("simclr", tmp_path, tiny_set, "run", "run.checkpoint_every_steps=2")
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and "No space left on device" in said and "bytes are free" in said
+    assert "Traceback" not in said
+    again = run("simclr", tmp_path, tiny_set, "run", "run.checkpoint_every_steps=2")
+    pick = [read_json(f / "result.json")["val_offline"] for f in (whole, again)]
+    assert pick[0] == pick[1]
+
+
+def test_a_closed_or_full_standard_error_ends_nothing(tiny_set, tmp_path, monkeypatch):
+    class Full:
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def isatty(self):
+            return False
+
+    for broken in (Full(), None):
+        monkeypatch.setattr(sys, "stderr", broken)
+        say("lost")
+    closed = open(os.devnull, "w")  # noqa: SIM115
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    assert (run("simclr", tmp_path, tiny_set, "run") / "result.json").exists()
+
+
+def test_ranks_that_write_the_same_file_do_not_meet(tmp_path, monkeypatch):
+    names, write = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda new, path: (names.append(str(new)), write(new, path)))
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        write_json(tmp_path / "status.json", {"rank": rank})
+    assert len(set(names)) == 3 and read_json(tmp_path / "status.json") == {"rank": "2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_stop_is_no_fault(tiny_set, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2)
+    with pytest.raises(SystemExit) as stop:
+        run("simclr", tmp_path, tiny_set, "run")
+    assert stop.value.code == 75
