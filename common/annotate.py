@@ -28,7 +28,7 @@ from common.inspection.shortcuts import check
 from common.label_table import NOT_CLASSES, normal_name
 from common.running.errors import UserError, regular
 from common.running.process import entry_point
-from common.running.progress import Progress, say
+from common.running.progress import Progress, say, write_error
 from common.running.schema import path_argument
 
 NORMAL_NAMES = ("normal", "normals", "good", "ok", "free", "no_defect", "nodefect", "defect_free")
@@ -211,8 +211,8 @@ def main(argv=None):
     check(args.folder, paths, halves(pattern))
     if unusable:
         for name, why in [*unusable.items()][:SHOWN]:
-            print(f"{name}: {why}", file=sys.stderr)
-        print(f"{len(unusable)} files or folders are not in these CSVs", file=sys.stderr)
+            write_error(f"{name}: {why}")
+        write_error(f"{len(unusable)} files or folders are not in these CSVs")
         sys.exit(1)
 
 

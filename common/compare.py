@@ -32,6 +32,7 @@ from common.sampler import keep_labels
 from common.store import leave_out_unreadable, open_images
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a `$` of a name is a `$`
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 THUMBNAIL = 16  # pixels

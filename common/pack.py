@@ -31,7 +31,7 @@ from common.images import ImageFolder
 from common.running.errors import ImageError, UserError
 from common.running.folder import read_json, write_json
 from common.running.process import entry_point
-from common.running.progress import Progress, clock, say
+from common.running.progress import Progress, clock, say, write_error
 from common.running.schema import path_argument
 from common.running.standing import try_lock
 from common.store import FORMAT, IMAGES, INDEX, NAMES, RECORD, SETTINGS, index_hash
@@ -216,7 +216,7 @@ def main(argv=None):
     print(f"{args.out}: {len(names) - len(unreadable)} images, {size / 1e9:.3g} GB")
     if unreadable:
         many = f"{len(unreadable)} images cannot be read; {SETTINGS} lists them"
-        print(*unreadable.values(), many, sep="\n", file=sys.stderr)
+        write_error("\n".join([*unreadable.values(), many]))
         sys.exit(1)
 
 

@@ -30,7 +30,7 @@ from common.inspection.trained import Scorer, Trained
 from common.label_table import normal_name
 from common.running.errors import ImageError, UserError
 from common.running.process import Stopped, StopSignal, entry_point, start_process
-from common.running.progress import Progress, say
+from common.running.progress import Progress, say, write_error
 from common.running.schema import path_argument
 
 AT_ONCE = 64  # images
@@ -185,11 +185,11 @@ def main(argv=None):
     part.path.unlink()
     print(f"{out}: {len(filename) - len(bad)} images scored")
     for name, why in [*skipped.items(), *bad.items()][:SHOWN]:
-        print(f"{name}: {why}", file=sys.stderr)
+        write_error(f"{name}: {why}")
     if bad:
-        print(f"{len(bad)} images cannot be used; {sidecar(out)} lists them", file=sys.stderr)
+        write_error(f"{len(bad)} images cannot be used; {sidecar(out)} lists them")
     if skipped:
-        print(f"{len(skipped)} folders were not looked into", file=sys.stderr)
+        write_error(f"{len(skipped)} folders were not looked into")
     if bad or skipped:
         sys.exit(1)
 

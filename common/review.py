@@ -27,7 +27,7 @@ from common.inspection.scores_file import UNREADABLE, read_scores
 from common.running.errors import ImageError, UserError
 from common.running.folder import write_atomically
 from common.running.process import entry_point
-from common.running.progress import Progress
+from common.running.progress import Progress, write_error
 from common.running.schema import path_argument
 
 TEMPLATE = Path(__file__).parent / "inspection" / "review.html"
@@ -123,7 +123,7 @@ def main(argv=None):
         f"{args.out}: {len(data['images'])} images, {len(page) / 1e6:.1f} MB; open it in a browser"
     )
     if gone:
-        print(*gone.values(), f"{len(gone)} images cannot be read", sep="\n", file=sys.stderr)
+        write_error("\n".join([*gone.values(), f"{len(gone)} images cannot be read"]))
         sys.exit(1)
 
 

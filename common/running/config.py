@@ -157,11 +157,14 @@ def _refuse_arguments(message):
 def load_config(config_class, argv=None):
     """Command line `--config FILE.yaml [section.key=value ...]` -> a frozen config_class."""
     parser = argparse.ArgumentParser(description="Of two overrides of one key the last wins.")
-    parser.add_argument("--config", required=True, type=path_argument, metavar="FILE.yaml")
+    path = {"type": path_argument, "metavar": "FILE.yaml"}
+    parser.add_argument("--config", required=True, action="append", **path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.error = _refuse_arguments
     args = parser.parse_intermixed_args(argv)
-    return read_config(config_class, args.config, args.overrides)
+    if len(args.config) > 1:
+        raise ConfigError(f"command line: --config stands twice: {', '.join(args.config)}")
+    return read_config(config_class, args.config[0], args.overrides)
 
 
 def identity(cfg, with_paths):

@@ -50,7 +50,7 @@ def read_json(path):
     """A JSON file's keys and values, or None where there is none or it cannot be read."""
     try:
         content = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -17,9 +17,20 @@ VIEWS_SHOWN = 8  # images
 
 
 def read_log(path):
-    """log.jsonl -> list of records; a last line that is still being written is left out."""
-    lines = Path(regular(path)).read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """log.jsonl -> list of records; a last line that is still being written is left out.
+
+    Raises UserError naming a file that is damaged.
+    """
+    try:
+        lines = Path(regular(path)).read_text(encoding="utf-8").split("\n")[:-1]
+        records = [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__})") from None
+    if not all(isinstance(record, dict) and "kind" in record for record in records):
+        raise UserError(f"{path}: damaged: a line of it is no record")
+    return records
 
 
 def none_for_nan(record):

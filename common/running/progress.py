@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import time
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BEFORE_BAR = 2  # what ends sooner shows nothing
+_ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # to a terminal; not UTF-8
 
 
 def speaks():
@@ -23,6 +25,7 @@ def write_error(text):
     """Lines to standard error, above any bar. Where it is closed or its disk is full they are lost,
     and so is what comes after: no run ends for it.
     """
+    text = _ESCAPES.sub(lambda found: repr(found[0])[1:-1], str(text))  # of a file's name, maybe
     try:
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()

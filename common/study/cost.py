@@ -76,5 +76,5 @@ def _logged(run):
     try:
         last = read_log(run.folder / LOG)[-1]
         return last["step"] * run.cfg.optimization.batch_size, 1 / last["samples_per_second"]
-    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+    except (UserError, OSError, LookupError, TypeError, ZeroDivisionError):
         return 0, None

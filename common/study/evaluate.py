@@ -9,8 +9,6 @@ intervals here, of single images, are too narrow.
 """
 
 import functools
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +63,11 @@ def load_scores(folder, probe="online"):
             logit = stored[LOGITS[probe]].astype(np.float64)
             label, classes = stored["label"], stored["classes"]
             names = tuple(str(name) for name in stored["class_names"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of damaged or forged bytes anything may be raised
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+    n = len(np.atleast_1d(label))
+    if logit.shape != (n,) or label.shape != (n,) or classes.shape != (n, len(names)):
+        raise UserError(f"{path}: damaged: its arrays do not fit together")
     known = label >= 0
     if not np.isfinite(logit[known]).all():
         raise UserError(f"{path}: the {probe} probe has no scores")

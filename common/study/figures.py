@@ -11,6 +11,7 @@ from common.study.results import PREVALENCES, estimate, settings
 from common.study.tables import backbone_name, in_print, percent, setting
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a `$` of a name is a `$`
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")

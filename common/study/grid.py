@@ -76,6 +76,7 @@ def read_grid(path, overrides=()):
     given = dict(map(parse_override, overrides))
     grid = build(Grid, read_yaml(path), problems)
     for name, content in grid.groups.items() if grid else ():
+        name = name if isinstance(name, str) else json.dumps(name)  # such as 2024, or null
         group = build(Group, content, problems, f"groups.{name}")
         if group:
             merged = (grid.overrides or {}) | group.overrides
