@@ -325,7 +325,7 @@ def test_a_grid_of_label_budgets_is_reported(tmp_path, tiny_set):
     words = [*tiny_set, f"run.output_dir={tmp_path / 'runs'}"]
     runs = read_grid(ROOT / "configs/grid/labels.yaml", words)
     assert len(runs) == 12 and all(g.startswith("labels") for r in runs for g in r.groups)
-    assert {r.cfg.data.labels for r in runs} == {100, 300, 900}
+    assert {r.cfg.data.labels for r in runs} == {50, 150, 450}
     for run in runs[::3]:
         make_up(run, np.random.default_rng(0))
     page = write_report(runs, tmp_path / "report", "offline")
