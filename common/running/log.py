@@ -28,7 +28,7 @@ def read_log(path):
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__})") from None
-    if not all(isinstance(record, dict) and "kind" in record for record in records):
+    if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path}: damaged: a line of it is no record")
     return records
 

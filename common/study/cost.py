@@ -17,7 +17,8 @@ def cost_key(run):
 def data_key(run):
     """Runs of one key, whatever their seeds, train on as many images an epoch."""
     data = run.cfg.data
-    return data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
+    what = data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
+    return *what, data.labels
 
 
 class TimeLeft:
