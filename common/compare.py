@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.annotations import read_annotations
-from common.augmentations import resize_squash
+from common.inspection.shortcuts import THUMBNAIL, thumbnail
 from common.metrics import METRICS, all_scores, without_values
 from common.normal_only import NAMES, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
@@ -35,7 +35,6 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a `$` of a name is a `$`
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
-THUMBNAIL = 16  # pixels
 SHOWN = (
     *(("own", "f1"), ("own", "auroc"), ("own", "average_precision")),
     *((which, "auroc") for which in ("fixed", "knn", "mahalanobis")),
@@ -76,7 +75,7 @@ def thumbnails(images, annotations, rows, label):
     pixels = torch.empty(len(rows), 3 * THUMBNAIL**2)
     for i, row in enumerate(rows):
         image = images.read(annotations.name(row), f" ({annotations.place(row)})")
-        pixels[i] = resize_squash(image, THUMBNAIL).flatten() / 255
+        pixels[i] = thumbnail(image)
         progress.update()
     progress.close()
     return pixels

@@ -5,11 +5,11 @@
 
 PATHS: images, folders, or one CSV with a column `Filename`. Writes a row an image: file (relative
 to the root that scores.json names), score, probability, decision (defect | normal | unreadable,
-those last). The score is the logit of the run's offline probe, or, where its validation has no
-defect, the distance to the nearest normal training images. The probability is calibrated on the
-run's validation scores and moved to --prevalence, the share of defects that is expected among the
-new images (default: validation's). Stopped, it goes on when the same command is given again. Exit
-code 1: done, but some images, named at the end, cannot be read.
+those last). The score is the logit of the run's offline probe, or, where it has none or its
+validation no defect, the distance to the nearest normal training images. The probability is
+calibrated on the run's validation scores and moved to --prevalence, the share of defects that is
+expected among the new images (default: validation's). Stopped, it goes on when the same command is
+given again. Exit code 1: done, but some images, named at the end, cannot be read.
 """
 
 import argparse

@@ -78,7 +78,7 @@ class Page:
         while "Page.loadEventFired" not in self.events:
             self.events.append(self._message().get("method"))
 
-    def eval(self, expression):
+    def js(self, expression):
         """What a JavaScript expression gives, as plain types."""
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in answer:

@@ -86,6 +86,15 @@ TINY = [
 ]
 
 
+def exit_code(main, *words):
+    """Of a command's main in this process."""
+    try:
+        main([*map(str, words)])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
 def python(*args, **kwargs):
     """Run this Python in the project's folder; returns the finished process with its output."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}

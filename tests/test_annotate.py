@@ -1,12 +1,14 @@
 """From a folder to CSVs by group, marks into CSVs, and the check for shortcuts."""
 
 import csv
+import functools
 import os
 import re
 import shutil
 
 import numpy as np
 import pytest
+from conftest import exit_code
 from PIL import Image
 
 from common.annotate import classes_of, groups_of, main, split
@@ -14,13 +16,7 @@ from common.annotations import read_annotations, read_split
 from common.inspection.shortcuts import check, cue_auroc, date_of
 from common.running.errors import UserError
 
-
-def call(*words):
-    try:
-        main([*map(str, words)])
-    except SystemExit as end:
-        return end.code
-    return 0
+call = functools.partial(exit_code, main)
 
 
 def rows_of(path):

@@ -1,5 +1,6 @@
 """A run's encoder for other programs."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, exit_code
 from safetensors import safe_open
 from small import run
 
@@ -17,13 +18,7 @@ from common.augmentations import resize_squash
 from common.export import main
 from common.images import open_image
 
-
-def call(*words):
-    try:
-        main([*map(str, words)])
-    except SystemExit as end:
-        return end.code
-    return 0
+call = functools.partial(exit_code, main)
 
 
 def first_images(run_folder, tiny_set, size, n=4):

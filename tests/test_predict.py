@@ -9,10 +9,12 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import exit_code
 from PIL import Image
 from small import run
 
 from common import predict
+from common.inspection import trained
 from common.inspection.listing import list_images
 from common.inspection.scores_file import Part, read_scores
 from common.running.checkpoint import read_checkpoint, save_checkpoint
@@ -21,11 +23,7 @@ from common.running.errors import UserError
 
 def call(*words):
     """Exit code of the command."""
-    try:
-        predict.main([*map(str, words), "--workers", "0"])
-    except SystemExit as end:
-        return end.code
-    return 0
+    return exit_code(predict.main, *words, "--workers", 0)
 
 
 def rows_of(path):
@@ -44,6 +42,20 @@ def folder(tmp_path):
         pixels[5:20, 5:20] = 255 * (i % 2)
         Image.fromarray(pixels).save(tmp_path / "new" / name)
     return tmp_path / "new"
+
+
+def stop_after_three(monkeypatch):
+    """Ctrl-C in the third piece of work, once; returns the list of the pieces' sizes."""
+    add, seen = Part.add, []
+
+    def stopping(self, lines):
+        add(self, lines)
+        seen.append(len(lines))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Part, "add", stopping)
+    return seen
 
 
 def overrides(tiny_set):
@@ -138,15 +150,7 @@ def test_goes_on_where_it_was_stopped(finished, folder, tmp_path, monkeypatch, c
     (folder / "08.png").write_text("no image")
     monkeypatch.setattr(predict, "AT_ONCE", 4)
     assert call("--run", finished, folder, "--out", whole) == 1
-    add, seen = Part.add, []
-
-    def stopping(self, lines):
-        add(self, lines)
-        seen.append(len(lines))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Part, "add", stopping)
+    seen = stop_after_three(monkeypatch)
     assert call("--run", finished, folder, "--out", out) == 75
     part = tmp_path / "s.csv.part"
     assert not out.exists() and len(part.read_text().splitlines()) == 13
@@ -282,17 +286,11 @@ def test_a_checkpoint_of_before_the_end_is_refused(finished, folder, tmp_path, c
 
 def test_what_was_done_survives_a_restart_by_force(finished, folder, tmp_path, monkeypatch, capsys):
     """Also where what is overwritten is there already, and after a run that was misspelt."""
-    out, add, seen = tmp_path / "s.csv", Part.add, []
+    out = tmp_path / "s.csv"
     assert call("--run", finished, folder / "a", "--out", out) == 0
     monkeypatch.setattr(predict, "AT_ONCE", 4)
 
-    def stopping(self, lines):
-        add(self, lines)
-        seen.append(len(lines))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Part, "add", stopping)
+    seen = stop_after_three(monkeypatch)
     assert call("--run", finished, folder, "--out", out, "--force") == 75
     assert call("--run", tmp_path / "typo", folder, "--out", out, "--force") == 2
     assert call("--run", finished, folder, "--out", out, "--force") == 0
@@ -322,8 +320,6 @@ def test_validation_without_a_label(finished, folder, tmp_path, capsys):
 
 
 def test_features_that_overflow_are_no_normals(finished, folder, tmp_path, monkeypatch):
-    from common.inspection import trained
-
     score = trained.apply_probe
     monkeypatch.setattr(
         trained, "apply_probe", lambda *how: score(*how).index_fill(0, torch.tensor([0]), np.nan)

@@ -48,16 +48,20 @@ def date_of(name):
     return float("nan")
 
 
+def thumbnail(image):
+    """(H, W, 3) uint8 -> (768,) float32, 16 x 16 pixels of it in 0 to 1."""
+    return resize_squash(image, THUMBNAIL).flatten() / 255
+
+
 def cues_of_picture(image):
-    """(H, W, 3) uint8 -> {cue: number}, a 16 x 16 thumbnail (768,)."""
+    """(H, W, 3) uint8 -> {cue: number}."""
     grey = image.astype(np.float32).mean(axis=2)
     edges = [np.abs(np.diff(grey, axis=axis)) > EDGE for axis in (0, 1)]
-    cues = {
+    return {
         "mean grey": grey.mean(),
         "mid-grey share": ((grey > 64) & (grey < 192)).mean(),
         "edge length": sum(e.sum() for e in edges) / np.sqrt(grey.size),
     }
-    return cues, resize_squash(image, THUMBNAIL).flatten() / 255
 
 
 def _of_file(root, name):
@@ -115,11 +119,11 @@ def check(folder, csvs, half):
             progress.update()
             try:
                 found = _of_file(root, name) | {"name order": order[os.path.basename(name)]}
-                of_picture, thumbnail = cues_of_picture(images.read(name))
+                image = images.read(name)
             except (ImageError, OSError):
                 continue  # training names it
-            cues.append(found | of_picture)
-            pixels.append(thumbnail)
+            cues.append(found | cues_of_picture(image))
+            pixels.append(thumbnail(image))
             used.append(row)
         progress.close()
         pixels = torch.stack(pixels) if pixels else torch.zeros(0, 3 * THUMBNAIL**2)
