@@ -217,7 +217,7 @@ def test_what_nobody_knows_is_not_shown(scored, tmp_path):
             exit_code(main, tmp_path / "s.csv", "--out", page_path, "--image-root", scored / "new")
             == 0
         )
-        with Page(page_path, tmp_path) as page:
+        with Page(page_path, tmp_path / name) as page:  # a browser that has seen no mark yet
             at, precision, recall, images = outlook(page)
             assert precision == "unknown" and (recall == "unknown") == (name == "nothing")
             assert ("of the normals" in images) == (name == "blind")
