@@ -26,13 +26,12 @@ from common.inspection.listing import list_images, share
 from common.inspection.marks import fill, write_csv
 from common.inspection.shortcuts import check
 from common.label_table import NOT_CLASSES, normal_name
-from common.running.errors import UserError, regular
+from common.running.errors import SHOWN, UserError, regular
 from common.running.process import entry_point
 from common.running.progress import Progress, say, write_error
 from common.running.schema import path_argument
 
 NORMAL_NAMES = ("normal", "normals", "good", "ok", "free", "no_defect", "nodefect", "defect_free")
-SHOWN = 5  # files in a message
 TRAIN, VAL = "train.csv", "val.csv"
 
 

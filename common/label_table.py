@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from common.running.errors import CONTROL, UserError, regular
+from common.running.errors import CONTROL, SHOWN, UserError, regular
 
 NOT_CLASSES = ("Filename", "Defect", "WaterLevel", "VA", "ND", "")
 DEFECT, NORMAL, UNLABELLED = 1, 0, -1
@@ -18,7 +18,6 @@ _CODES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "": UNLABEL
 _BYTES_AT_ONCE = 1 << 20  # of a plain file
 _ROWS_AT_ONCE = 65536  # of any other
 _LONGEST_NAME = 1024  # bytes
-_SHOWN = 5  # rows in a message
 _NOT_NORMAL = re.compile(r"\\|//|(^|/)\.(/|$)|/$")  # in a name that another one may be the same as
 _SUSPECT = bytes(range(1, 32)) + b"\\:\x7f\xc2\xe2"  # bytes: a name with one is looked at closely
 _KINDS = bytes.maketrans(_SUSPECT + b"/", b"\1" * len(_SUSPECT) + b".")
@@ -27,8 +26,8 @@ _KINDS = bytes.maketrans(_SUSPECT + b"/", b"\1" * len(_SUSPECT) + b".")
 def refuse(path, problems, count=None):
     """Raise UserError with the first few problems, given as (line, sentence), and their count."""
     count = count or len(problems)
-    shown = [f"{path}:{line}: {sentence}" for line, sentence in sorted(problems)[:_SHOWN]]
-    if count > _SHOWN:
+    shown = [f"{path}:{line}: {sentence}" for line, sentence in sorted(problems)[:SHOWN]]
+    if count > SHOWN:
         shown.append(f"... {count} such rows in all")
     raise UserError("\n".join(shown))
 
@@ -58,8 +57,6 @@ def _check_header(path, header):
     for name in header:
         if CONTROL.search(name):
             raise UserError(f"{path}: column {name[:80]!r} holds a control character")
-        if name and header.count(name) > 1:
-            raise UserError(f"{path}: column '{name}' stands twice")
     for name in ("Filename", "Defect"):
         if name not in header:
             close = difflib.get_close_matches(name.lower(), [h.lower() for h in header], n=1)
@@ -67,6 +64,9 @@ def _check_header(path, header):
             hint = f"; did you mean '{near}'?" if near else ""
             columns = ", ".join(header)[:200] or "none"
             raise UserError(f"{path}: column '{name}' is missing (columns: {columns}){hint}")
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise UserError(f"{path}: column '{name}' stands twice")
 
 
 def normal_name(name):
@@ -108,7 +108,7 @@ def _chunk(path, header, names, lines, cells):
     if bad := bad + wrong(0, "0, 1 or empty (not labelled)"):
         refuse(path, bad)
     codes[(codes == UNLABELLED) & (codes[:, :1] != UNLABELLED)] = WRONG
-    return lines, filename, codes, [wrong(c, "0 or 1", _SHOWN) for c in range(1, len(columns))]
+    return lines, filename, codes, [wrong(c, "0 or 1", SHOWN) for c in range(1, len(columns))]
 
 
 def _texts(cells, column, rows):

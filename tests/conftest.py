@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from figures import count, pytest_terminal_summary  # noqa: F401 (fixture and hook)
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent

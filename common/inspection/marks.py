@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED, read_annotations
-from common.running.errors import UserError
+from common.running.errors import UserError, some
 from common.running.folder import write_atomically
 from common.running.progress import say
 
-SHOWN = 5  # files in a message
 CELLS = {DEFECT: "1", NORMAL: "0"}
 
 
@@ -62,7 +61,7 @@ def fill(folder, train_csv, val_csv, labels_csv):
         ),
     ):
         if found:
-            raise UserError(f"{labels_csv}: {len(found)} marks {why}: {', '.join(found[:SHOWN])}")
+            raise UserError(f"{labels_csv}: {len(found)} marks {why}: {some(found)}")
     with open(train_csv, newline="", encoding="utf-8-sig") as file:
         text = file.read()
     head = text.partition("\n")[0]
@@ -90,5 +89,4 @@ def fill(folder, train_csv, val_csv, labels_csv):
     write_csv(train_csv, rows, header, delimiter)
     print(f"{train_csv}: {filled} of {len(marks)} marks filled in, {unsure} unsure; before: {kept}")
     if other:
-        shown = ", ".join(other[:SHOWN])
-        say(f"{len(other)} marks contradict a label that was there, and stays: {shown}")
+        say(f"{len(other)} marks contradict a label that was there, and stays: {some(other)}")

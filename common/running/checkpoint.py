@@ -20,7 +20,7 @@ from torch import nn
 from common.distributed import gather_unpadded
 from common.probe import LinearProbe, RunningScores
 from common.running.config import differences
-from common.running.errors import REMEDY, UserError, regular
+from common.running.errors import REMEDY, UserError, listed, regular
 
 FORMAT = 3  # 3: images are resized by torch; loss_sum of each rank
 LAST, PREVIOUS = "last.pt", "prev.pt"
@@ -214,7 +214,5 @@ def check_same_run(folder, saved, config, facts):
         f"{name}: {saved[name]} -> {value}" for name, value in facts.items() if saved[name] != value
     ]
     if changed:
-        raise UserError(
-            "\n  ".join([f"{Path(folder) / LAST} was written by another run:", *changed])
-            + "\nuse a new run.name, or start it as it was"
-        )
+        told = listed(f"{Path(folder) / LAST} was written by another run", changed)
+        raise UserError(f"{told}\nuse a new run.name, or start it as it was")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.running.errors import ConfigError
+from common.running.errors import ConfigError, listed
 from common.running.schema import (
     Count,
     FilePath,
@@ -146,7 +146,7 @@ def read_config(config_class, path, overrides=()):
     cfg = build(config_class, values, problems)
     problems = problems or [*_cross_checks(cfg), *getattr(cfg, "problems", list)()]
     if problems:
-        raise ConfigError("\n  ".join([f"{path}:", *problems]), values)
+        raise ConfigError(listed(path, problems), values)
     return cfg
 
 

@@ -6,6 +6,7 @@ import re
 import stat
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # no path and no name may hold one
+SHOWN = 5  # of many problems, in a message
 REMEDY = "Lower optimization.lr, or use optimization.precision=bf16 or fp32"  # of what overflows
 
 
@@ -31,6 +32,19 @@ class ImageError(UserError):
     """An image that cannot be used; found by the one rank that read it."""
 
     one_rank = True
+
+
+def listed(where, problems):
+    """Many problems as one message: the first few, a line each, and how many there are."""
+    more = f" {len(problems)} problems, the first {SHOWN}:" if len(problems) > SHOWN else ""
+    return "\n  ".join([f"{where}:{more}", *problems[:SHOWN]])
+
+
+def some(names):
+    """Many names as one text: the first few, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def regular(path):

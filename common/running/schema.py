@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from common.running.errors import CONTROL, ConfigError, regular
+from common.running.errors import CONTROL, ConfigError, listed, regular
 
 LARGEST_FILE = 65536  # bytes; no config comes near it
 NO_CONTROL = "holds a control character, such as a line break, which no path and no name may"
@@ -119,7 +119,7 @@ def _parsed(text, where):
         f"{key}{text[:80]!r} {NO_CONTROL}" for key, text in _texts(data) if CONTROL.search(text)
     ]
     if held:
-        raise ConfigError("\n  ".join([f"{where}:", *held]))
+        raise ConfigError(listed(where, held))
     return data
 
 
@@ -206,6 +206,8 @@ def _convert(value, kind):
         raise ValueError
     if kind is FilePath:
         return os.path.expanduser(_convert(value, str))
+    if kind is int and type(value) is int and abs(value) >= 2**63:
+        raise ValueError
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or value in (float("inf"), float("-inf")):

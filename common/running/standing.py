@@ -15,7 +15,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from common.running.config import differences, identity, identity_of
-from common.running.errors import ConfigError, UserError
+from common.running.errors import ConfigError, UserError, some
 from common.running.folder import (
     CONFIG,
     LOCK,
@@ -33,7 +33,6 @@ from common.store import stored_hash
 
 PARTS = ("train_rows", "train", "val", "val_offline", "label_free")  # of result.json: dicts
 KEYS = ("method", "backbone", "seed", "train_defect_proportion", "epochs", "seconds", *PARTS)
-SHOWN = 5  # keys in a message
 OTHERWISE = "choose another run.name or run.output_dir, or delete the folder"
 
 _saved_config = once_a_file(read_yaml)
@@ -74,7 +73,7 @@ def open_folder(folder, cfg):
         lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held for life)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); see run.output_dir"
+            f"{folder}: cannot be written ({error.strerror}); see run.output_dir and run.name"
         ) from None
     for wait in (0.1, 0.3, 0.6, None):  # somebody may only be asking whether it is held
         if try_lock("lockf", lock):
@@ -138,9 +137,7 @@ def _check_config(folder, cfg, is_done):
     # A checkpoint knows its data by hash, so they may have moved.
     changed = differences(identity_of(saved, is_done), identity(cfg, is_done))
     if changed:
-        more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
-        shown = "; ".join(changed[:SHOWN] + more)
-        raise UserError(f"{folder} holds a run of another config ({shown}); {OTHERWISE}")
+        raise UserError(f"{folder} holds a run of another config ({some(changed)}); {OTHERWISE}")
 
 
 def read_result(folder):

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 
 from common.backbones import build_backbone
 from common.running.checkpoint import LAST, read_checkpoint
-from common.running.errors import UserError, regular
+from common.running.errors import UserError, regular, some
 from common.running.folder import CONFIG
 from common.running.progress import say
 from common.running.schema import read_yaml
@@ -25,7 +25,6 @@ PREFIXES = ("", "module.", "module.base_encoder.", "module.backbone.", BACKBONE,
 # Beside the encoder under the same prefix: classifiers, projectors, MAE's decoder.
 NO_ENCODER = re.compile(r"(fc|head|classifier|projector|decoder|decoder_\w+|mask_token)(\.|$)")
 COUNTER = "num_batches_tracked"  # which older files lack
-SHOWN = 5  # names in a message
 
 
 def trained_config(folder):
@@ -102,16 +101,15 @@ def _encoder_of(state, expected, path):
     dropped = {key for key in extra if NO_ENCODER.match(key)}
     missing = {k for k in expected - inside.keys() if not k.endswith(COUNTER)}
     if prefix == "" and len(missing) == len({k for k in expected if not k.endswith(COUNTER)}):
-        names = ", ".join(list(state)[:SHOWN]) or "none"
+        names = some(state) or "none"
         raise UserError(
             f"run.init_from: {path}: none of the encoder's names, which are timm's, is in it; it "
             f"has {names}"
         )
     for kind, keys in (("lacks", missing), ("has too", extra - dropped)):
         if keys:
-            first = ", ".join(prefix + key for key in sorted(keys)[:SHOWN])
-            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-            raise UserError(f"run.init_from: {path} {kind} {first}{more}: another architecture")
+            names = some(prefix + key for key in sorted(keys))
+            raise UserError(f"run.init_from: {path} {kind} {names}: another architecture")
     beside = [key for key in state if not key.startswith(prefix)] + sorted(dropped)
     return {key: inside[key] for key in inside if key in expected}, beside
 

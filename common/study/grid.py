@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common.annotations import read_annotations
 from common.running.config import differences, read_config, run_name
-from common.running.errors import ConfigError, regular
+from common.running.errors import ConfigError, listed, regular
 from common.running.folder import LOCK, RESULT, STATUS, read_json
 from common.running.schema import build, parse_override, read_yaml
 from common.running.standing import standing, try_lock
@@ -100,7 +100,7 @@ def read_grid(path, overrides=()):
         except ConfigError as error:  # the group's other runs have the same mistake
             problems.append(f"groups.{name}: {error}")
     if problems:
-        raise ConfigError("\n  ".join([f"{path}:", *problems]))
+        raise ConfigError(listed(path, problems))
     return list(runs.values())
 
 
