@@ -138,6 +138,8 @@ class RunningScores:
 
     def restore(self, rows, logits, is_first_rank):
         """Take up what `gather` returned; one rank holds it, the others start empty."""
+        if rows.shape != logits.shape:
+            raise ValueError(f"{len(rows)} rows have {len(logits)} scores")
         self._rows, self._logits = ([rows], [logits]) if is_first_rank else ([], [])
 
 

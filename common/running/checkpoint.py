@@ -82,26 +82,28 @@ class TrainState:
 
     def restore(self, saved, rank):
         """Take up what `capture` returned."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.probe.load_state_dict(saved["probe"])
-        self.scaler.load_state_dict(saved["scaler"])
+        for name in ("model", "optimizer", "probe", "scaler"):
+            try:
+                getattr(self, name).load_state_dict(saved[name])
+            except Exception as error:  # a torch.nn.Module alone raises four kinds
+                raise ValueError(f"{name}: {type(error).__name__}: {error}") from None
         self.scores.restore(**saved["scores"], is_first_rank=rank == 0)
         self.loss_sum = float(saved["loss_sum"][rank])
         for name in ("loss_steps", "train_scores", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, saved[name])
 
 
-def check_finite(name, content):
+NOT_SAVED = f"so nothing is saved; the last checkpoint stays. {REMEDY}"
+
+
+def check_finite(name, content, so=NOT_SAVED):
     """Raises UserError where a float or tensor of nested dicts is not finite, naming it."""
     if isinstance(content, dict):
         for key, value in content.items():
-            check_finite(f"{name}.{key}", value)
+            check_finite(f"{name}.{key}", value, so)
     elif isinstance(content, (float, torch.Tensor)):
         if not torch.isfinite(torch.as_tensor(content)).all():
-            raise UserError(
-                f"{name} is not finite, so nothing is saved; the last checkpoint stays. {REMEDY}"
-            )
+            raise UserError(f"{name} is not finite, {so}")
 
 
 def save_checkpoint(folder, content, keep_last=True):
@@ -203,16 +205,35 @@ def load_checkpoint(folder, warn):
     return None, None
 
 
-def check_same_run(folder, saved, config, facts):
-    """Raises UserError where a checkpoint cannot be gone on from bit for bit.
+def take_up(path, saved, state, rank, config, facts, steps):
+    """Go on from a checkpoint; raises UserError, naming its file, where that is not possible.
 
-    saved: the checkpoint; config: the identity of the run's config; facts: what must be as it was,
-    {name: value}: world_size, data_sha, device.
+    saved: its content; state: a TrainState; config: the identity of the run's config; facts: what
+    must be as it was, {name: value}: world_size, data_sha, device; steps: of an epoch, of the run.
     """
+    try:
+        _check_same_run(path, saved, config, facts)
+        check_finite(f"{path}: model", saved["model"], "so it cannot be gone on from")
+        step, first = int(saved["step"]), int(saved["epochs_done"]) * steps[0]
+        if not 0 <= first <= step <= min(first + steps[0], steps[1]):
+            raise ValueError(f"step {step} of {steps[1]}, epochs_done {saved['epochs_done']}")
+        state.restore(saved["state"] | {"model": saved["model"]}, rank)
+    except UserError:
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{path} does not fit ({told}): it is of another version of the code. "
+            "Use a new run.name, or start it as it was"
+        ) from None
+
+
+def _check_same_run(path, saved, config, facts):
+    """Raises UserError where it was written by another run."""
     changed = differences(saved["config"], config)
     changed += [
         f"{name}: {saved[name]} -> {value}" for name, value in facts.items() if saved[name] != value
     ]
     if changed:
-        told = listed(f"{Path(folder) / LAST} was written by another run", changed)
+        told = listed(f"{path} was written by another run", changed)
         raise UserError(f"{told}\nuse a new run.name, or start it as it was")

@@ -81,10 +81,10 @@ class Run:
             init_encoder(state.model, self.cfg.run.init_from)
         elif saved is not None:
             own = identity(self.cfg, with_paths=False)
-            checkpoint.check_same_run(self.folder, saved, own, self._must_stay())
+            path, steps = self.folder / name, (steps_per_epoch, self.total_steps)
+            checkpoint.take_up(path, saved, state, self.rank, own, self._must_stay(), steps)
             if saved["versions"] != files.versions():
                 say(f"the checkpoint is of {saved['versions']}: no bit-identical resume")
-            state.restore(saved["state"] | {"model": saved["model"]}, self.rank)
             self.step, self.epochs_done = saved["step"], saved["epochs_done"]
             self._watch = Stopwatch(saved["seconds"], saved["train_seconds"])
             log_size, self._init_sha = saved["log_size"], saved.get("init_sha256")
