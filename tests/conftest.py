@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,16 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    """Small encoders in the place of ResNet-18 and ViT-Tiny, here and in processes from here."""
+    from small import make_narrow
+
+    make_narrow()
+    yield
+    make_narrow(False)
+
+
 def exit_code(main, *words):
     """Of a command's main in this process."""
     try:
@@ -110,7 +121,35 @@ def python(*args, **kwargs):
     )
 
 
-def _rank(rank, world_size, folder, function, args):
+METHODS = ["simclr", "byol", "barlow", "dino", "mae", "supervised"]
+COMMANDS = ["predict", "annotate", "review", "export", "pack", "compare", "study.__main__"]
+
+
+def warm_parent():
+    """Start the process that imports all this once, and from which others fork at once.
+
+    Importing torch takes seconds; a fork of a process that has done so, and that has computed
+    nothing, none. It is multiprocessing's fork server: no thread or lock of pytest's is copied.
+    """
+    modules = [*METHODS, *(f"common.{name}" for name in COMMANDS), "small"]
+    mp.get_context("forkserver").set_forkserver_preload(modules)
+    before, here = dict(os.environ), os.getcwd()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    os.chdir(ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        os.chdir(here)
+
+
+def _rank(rank, world_size, folder, narrow, function, args):
+    from small import make_narrow
+
+    make_narrow(narrow)
+    with open(folder / f"{rank}.err", "w") as said:
+        os.dup2(said.fileno(), 2)
     torch.set_num_threads(1)
     # As torchrun has them; but the ranks meet in a file, because a port may be taken meanwhile.
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -125,11 +164,18 @@ def _rank(rank, world_size, folder, function, args):
 
 
 def on_ranks(world_size, folder, function, *args):
-    """function(*args) on gloo ranks; returns what each rank returned. It must be importable."""
+    """function(*args) on gloo ranks; returns what each rank returned. It must be importable.
+
+    What rank r writes to standard error is in folder/r.err.
+    """
+    from small import is_narrow
+
+    warm_parent()
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     (folder / "store").unlink(missing_ok=True)  # of an earlier call
-    mp.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
+    args = (world_size, folder, is_narrow(), function, args)
+    mp.start_processes(_rank, args, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

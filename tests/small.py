@@ -8,9 +8,11 @@ import os
 import signal
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 import barlow
@@ -92,6 +94,25 @@ def outcome(folder):
         with np.load(folder / f"{name}.npz") as stored:
             arrays |= {f"{name}.{k}": stored[k].tobytes() for k in stored.files}
     return log, result, {k: v.numpy().tobytes() for k, v in tensors.items()}, arrays
+
+
+_create_model = timm.create_model
+
+
+def narrow_model(name, **how):
+    """timm's create_model, of the same kinds of layers, but few and narrow: runs of a second."""
+    if name == "resnet18":
+        return ResNet(BasicBlock, (1, 1, 1, 1), channels=(16, 16, 24, 32), **how)
+    return _create_model(name, **how | ({"depth": 2} if "vit" in name else {}))
+
+
+def is_narrow():
+    return timm.create_model is narrow_model
+
+
+def make_narrow(yes=True):
+    """From now on in this process."""
+    timm.create_model = narrow_model if yes else _create_model
 
 
 class Encoder(nn.Module):

@@ -2,7 +2,8 @@ import dataclasses
 import json
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT
+from warm import call
 
 import simclr
 from common.running.config import differences, identity, load_config, read_config, run_name
@@ -194,12 +195,10 @@ def test_names_tell_runs_apart():
 
 
 def test_a_typo_ends_with_one_sentence_and_a_status(tmp_path):
-    done = python(
-        *("simclr.py", "--config", R18, "optimization.lrr=1"),
-        *(f"run.output_dir={tmp_path}", "run.name=typo"),
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "simclr_r18.yaml" in done.stderr and "optimization.lrr" in done.stderr
+    place = f"run.output_dir={tmp_path}", "run.name=typo"
+    done = call(tmp_path, "simclr", "--config", R18, "optimization.lrr=1", *place)
+    assert done.poll() == 2 and "Traceback" not in done.err
+    assert "simclr_r18.yaml" in done.err and "optimization.lrr" in done.err
     assert '"failed"' in (tmp_path / "typo" / "status.json").read_text()
 
 

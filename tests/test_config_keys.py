@@ -10,6 +10,8 @@ from small import METHODS, run
 
 from common.running import config
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def keys(section, prefix=""):
     """Dotted names of all keys that can have more than one value."""

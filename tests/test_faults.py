@@ -15,6 +15,8 @@ from common.running.faults import explain
 from common.running.folder import read_json, write_json
 from common.running.progress import say
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CASES = {  # what is raised: part of what is said, whether the same command may help
     "full disk": (OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"), "/tmp/x/y", True),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "/tmp/x"), "Disk quota exceeded", True),

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import on_ranks, python
+from conftest import on_ranks
 from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step, stop_at
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -357,19 +357,20 @@ def test_a_random_encoders_statistics_are_those_of_the_data(tmp_path, tiny_set):
     assert 0.7 < ratio < 1.4  # .2 with untouched statistics
 
 
-def torchrun(*args):
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+def whole_run(method, argv):
+    importlib.import_module(method).main(argv)
+    return []
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_under_torchrun_score_every_image_once(method, tmp_path, tiny_set):
-    done = torchrun(f"{method}.py", *arguments(method, tiny_set, tmp_path, "two"))
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_score_every_image_once(method, tmp_path, tiny_set):
+    on_ranks(2, tmp_path / "r", whole_run, method, arguments(method, tiny_set, tmp_path, "two"))
     result = read_json(tmp_path / "two/result.json")
     assert result["val"]["n"] == 24 and result["val"]["n_defect"] == 8
     with np.load(tmp_path / "two/val_scores.npz") as stored:
         assert len(set(stored["filename"])) == 24 and np.isfinite(stored["logit"]).all()
-    assert done.stderr.count("epoch 2/2") == 1  # rank 0 speaks, the other is silent
+    said = [(tmp_path / f"r/{rank}.err").read_text().count("epoch 2/2") for rank in (0, 1)]
+    assert said == [1, 0]  # rank 0 speaks, the other is silent
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,6 +13,8 @@ from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
 from common.running.run import Run
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 LOSS = simclr.nt_xent_loss
 SKIPPED = 3  # the step whose loss overflows, from 1
 

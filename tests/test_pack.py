@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import python, write_set
+from conftest import write_set
 from PIL import Image
 from small import arguments, outcome, run, stop_at
+from warm import call
 
 import common.pack
 import simclr
@@ -226,8 +227,8 @@ def test_two_packers_do_not_meet(frames, tmp_path):
     pack(frames / "images", names(frames), tmp_path / "p", "raw", 60)
     with open(tmp_path / "p" / "lock", "a") as lock:
         common.pack.try_lock("lockf", lock)
-        second = python("-m", "common.pack", *command(frames, tmp_path / "p", "--form", "raw"))
-    assert second.returncode == 2 and "another process is packing" in second.stderr
+        second = call(tmp_path, "common.pack", *command(frames, tmp_path / "p", "--form", "raw"))
+    assert second.poll() == 2 and "another process is packing" in second.err
 
 
 def test_training_from_raw_pixels_is_training_from_the_files(tiny_set, tmp_path, monkeypatch):

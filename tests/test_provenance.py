@@ -16,6 +16,8 @@ from common.running.config import load_config
 from common.running.folder import read_json
 from common.running.process import Place
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PLACE = Place(0, 1, torch.device("cpu"))
 
 

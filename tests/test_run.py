@@ -2,10 +2,10 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, on_ranks, python, write_set
+from conftest import PATIENCE, on_ranks, python, write_set
 from small import arguments, outcome, run, stop_at
+from torch.utils.data import get_worker_info
+from warm import Command, call
 
 import common.data
 import simclr
@@ -25,6 +27,8 @@ from common.running.config import load_config
 from common.running.folder import read_json, write_config
 from common.running.schema import read_yaml
 from common.running.standing import open_folder
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 METHOD = "simclr"
 
@@ -98,15 +102,12 @@ def wait_for(condition, process):
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, tmp_path, tiny_set):
     """SIGKILL a few times, after whatever the log says was reached; other worker counts too."""
-    argv = [sys.executable, "simclr.py", *arguments(METHOD, tiny_set, tmp_path, "killed")]
-    argv += ["run.checkpoint_every_steps=1"]
+    argv = [*arguments(METHOD, tiny_set, tmp_path, "killed"), "run.checkpoint_every_steps=1"]
     log = tmp_path / "killed/log.jsonl"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     for lines in (2, 5):
-        process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+        process = Command(tmp_path, METHOD, *argv)
         wait_for(lambda n=lines: log.exists() and log.read_text().count("\n") >= n, process)
         process.kill()
-        process.wait()
     folder = run(METHOD, tmp_path, tiny_set, "killed", "data.num_workers=1")
     for ours, whole in zip(outcome(folder), outcome(finished), strict=True):
         assert ours == whole
@@ -184,9 +185,9 @@ def test_two_processes_do_not_share_a_folder(tmp_path, tiny_set):
     argv = arguments(METHOD, tiny_set, tmp_path, "locked")
     cfg = load_config(simclr.Config, argv)
     lock, _ = open_folder(tmp_path / "locked", cfg)
-    done = python("simclr.py", *argv)
+    done = call(tmp_path, "simclr", *argv)
     lock.close()
-    assert done.returncode == 2 and f'"pid": {os.getpid()}' in done.stderr
+    assert done.poll() == 2 and f'"pid": {os.getpid()}' in done.err
 
 
 def unfinished(tmp_path, tiny_set, monkeypatch, name):
@@ -356,77 +357,48 @@ def test_one_image_a_rank_is_too_few_for_batchnorm_and_for_contrast(tmp_path, ti
     "left", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}]
 )
 def test_a_part_of_torchruns_environment_is_one_sentence(tmp_path, tiny_set, left):
-    argv = arguments(METHOD, tiny_set, tmp_path, "left")
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | left
-    command = [sys.executable, "simclr.py", *argv]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert all(f"{name}={value}" in done.stderr for name, value in left.items())
-
-
-STARTED_BY = """
-import multiprocessing, sys
-import simclr
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv.pop(1))
-    simclr.main(sys.argv[1:])
-"""
+    done = call(tmp_path, METHOD, *arguments(METHOD, tiny_set, tmp_path, "left"), env=left)
+    assert done.poll() == 2, done.err
+    assert done.err.count("error: ") == 1 and "Traceback" not in done.err
+    assert all(f"{name}={value}" in done.err for name, value in left.items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(tmp_path, tiny_set, how, number):
     """As timeout, Slurm, torchrun and a terminal's Ctrl-C send it; then the same command."""
-    (tmp_path / "start.py").write_text(STARTED_BY)
     argv = arguments(METHOD, tiny_set, tmp_path, "group", "data.num_workers=2")
     argv = [*argv, "optimization.epochs=60", "run.val_every_epochs=60"]
-    command = [sys.executable, str(tmp_path / "start.py"), how, *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    first = multiprocessing.set_start_method, how, True
+    process = Command(tmp_path, METHOD, *argv, group=True, first=first)
     log = tmp_path / "group/log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
-    os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 75, said
-    assert "Traceback" not in said and "killed" not in said
+    process.send(number, group=True)
+    assert process.wait() == 75, process.err
+    assert "Traceback" not in process.err and "killed" not in process.err
     assert read_json(tmp_path / "group/status.json")["state"] == "preempted"
 
 
-HANGING = """
-import signal, sys, time
-import common.data, simclr
-from torch.utils.data import get_worker_info
+def hang():
+    """A worker stops at its 41st image, and hears no signal."""
+    read, seen = common.data.TrainImages.__getitem__, []
 
-read, seen = common.data.TrainImages.__getitem__, []
+    def hanging(self, key):
+        seen.append(key)
+        if get_worker_info() and len(seen) > 40:
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+            time.sleep(10000)
+        return read(self, key)
 
-def hanging(self, key):
-    seen.append(key)
-    if get_worker_info() and len(seen) > 40:
-        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
-        time.sleep(10000)
-    return read(self, key)
-
-common.data.TrainImages.__getitem__ = hanging
-common.data.LOADER_TIMEOUT, common.data.SECONDS_AN_IMAGE = 1, 0.5
-simclr.main(sys.argv[1:])
-"""
+    common.data.TrainImages.__getitem__ = hanging
+    common.data.LOADER_TIMEOUT, common.data.SECONDS_AN_IMAGE = 1, 0.5
 
 
 def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):
-    (tmp_path / "hang.py").write_text(HANGING)
     argv = arguments(METHOD, tiny_set, tmp_path, "hang", "data.num_workers=1")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "hang.py"), *argv],
-        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": PATIENCE},
-    )
-    assert done.returncode == 3, done.stderr
-    assert "longer than 9.0 s ends the run" in done.stderr  # 1 s, and .5 s an image of 16
+    done = call(tmp_path, METHOD, *argv, first=(hang,))
+    assert done.poll() == 3, done.err
+    assert "longer than 9.0 s ends the run" in done.err  # 1 s, and .5 s an image of 16
     assert read_json(tmp_path / "hang/status.json")["retryable"] is True
 
 

@@ -1,8 +1,4 @@
-"""Processes that fork from one warm parent, which has imported everything and computed nothing.
-
-A Python that imports torch needs seconds; a fork of one that has, none. The parent is
-multiprocessing's fork server, so that a fork never copies a thread or a lock of pytest's.
-"""
+"""A script or command in a process of its own, which forks from the warm parent."""
 
 import contextlib
 import importlib
@@ -12,26 +8,17 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import PATIENCE, ROOT
+from conftest import PATIENCE, warm_parent
+from small import is_narrow, make_narrow
 
-METHODS = ["simclr", "byol", "barlow", "dino", "mae", "supervised"]
-COMMANDS = ["predict", "annotate", "review", "export", "pack", "compare", "study.__main__"]
+from common.running.process import end_workers
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*METHODS, *(f"common.{name}" for name in COMMANDS), "small"])
 
 
-def ready():
-    """Start the parent where it does not run yet, in an environment as its children have it."""
-    before, here = dict(os.environ), os.getcwd()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    os.chdir(ROOT)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear(), os.environ.update(before), os.chdir(here)
-
-
-def _main(module, words, out, err, env, group, first):
+def _main(module, words, out, err, env, group, method, narrow, first):
+    multiprocessing.set_start_method(method, force=True)  # of its workers: not the fork server's
+    make_narrow(narrow)
     if group:
         os.setsid()
     for path, number in ((out, 1), (err, 2)):
@@ -42,7 +29,10 @@ def _main(module, words, out, err, env, group, first):
     sys.argv = [module, *words]
     if first:
         first[0](*first[1:])
-    importlib.import_module(module).main(words)
+    try:
+        importlib.import_module(module).main(words)
+    finally:
+        end_workers()  # at exit, which multiprocessing leaves out
 
 
 class Command:
@@ -57,8 +47,10 @@ class Command:
         for path in (self._out, self._err):
             path.unlink(missing_ok=True)
         env = os.environ | {"OMP_NUM_THREADS": "1"} | dict(env)
-        args = (module, [*map(str, words)], self._out, self._err, env, group, first)
-        ready()
+        method = multiprocessing.get_start_method()
+        args = (module, [*map(str, words)], self._out, self._err, env, group)
+        args += (method, is_narrow(), first)
+        warm_parent()
         self._process = SERVER.Process(target=_main, args=args)
         self._process.start()
         self.pid = self._process.pid

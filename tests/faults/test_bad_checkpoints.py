@@ -18,6 +18,8 @@ from test_bad_images import sock
 import simclr
 from common.running.checkpoint import read_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = ["patch_size=8", "optimization.epochs=1"]
 
 

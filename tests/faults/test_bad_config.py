@@ -11,6 +11,8 @@ from small import arguments
 import mae
 import simclr
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 OVERRIDES = {  # what is wrong: the override, what the message has to name
     "unknown key": ("optimization.lrr=1", ["optimization.lrr", "'lr'"]),
     "unknown section": ("optimisation.lr=1", ["optimisation", "'optimization'"]),

@@ -15,6 +15,8 @@ from small import OVERRIDES, arguments
 
 from simclr import main
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 NAME = "train_0007.png"
 
 

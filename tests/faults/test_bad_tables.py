@@ -10,6 +10,8 @@ from small import OVERRIDES, arguments
 
 from simclr import main
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 HEADER = "Filename,RB,FS,ND,Defect"
 
 

@@ -1,0 +1,125 @@
+"""Killed at a moment of its own choosing, and started again: the same run, bit for bit."""
+
+import itertools
+import os
+import random
+import signal
+
+import pytest
+from small import METHODS, PAIRS, arguments, outcome, run
+from warm import Command
+
+from common.running import checkpoint
+from common.running.folder import read_json
+from common.running.run import Run
+from common.scoring import Scoring
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+HOW = ["run.checkpoint_every_steps=2", "patch_size=8", "optimization.batch_size=12"]
+STEPS = 8  # of both epochs
+MOMENTS = {  # what is called at that moment
+    "step": (Run, "end_step"),
+    "fsync": (os, "fsync"),
+    "link": (os, "link"),
+    "replace": (os, "replace"),
+    "resume": (checkpoint.TrainState, "restore"),
+    "scoring": (Scoring, "validate"),
+    "finish": (Run, "finish"),
+}
+
+
+def kill_at(moment, n, number=signal.SIGKILL):
+    """In this process: a signal to itself at the n-th such moment."""
+    owner, name = MOMENTS[moment]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def killing(*args, **kwargs):
+        if next(calls) == n:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
+
+
+def how(backbone):
+    return HOW if backbone == "vit_tiny" else [HOW[0], HOW[2]]
+
+
+def tried(folder, tiny_set, method, backbone, moments, count, number=signal.SIGKILL, code=None):
+    """A run that is killed at each moment in turn, and then left alone; its folder."""
+    argv = arguments(method, tiny_set, folder, "killed", *how(backbone), backbone=backbone)
+    for moment, n in moments:
+        ended = Command(folder, method, *argv, first=(kill_at, moment, n, number)).wait()
+        assert ended == (-signal.SIGKILL if code is None else code), (moment, n)
+    run(method, folder, tiny_set, "killed", *how(backbone), backbone=backbone)
+    return folder / "killed"
+
+
+def same(killed, whole, count):
+    ours, theirs = outcome(killed), outcome(whole)
+    identical = all(a == b for a, b in zip(ours, theirs, strict=True))
+    count("kill and resume", tried=1, identical=identical)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == b
+
+
+def moments_of(method, backbone, trial):
+    """A random step, the same at every run of this test."""
+    return [("step", random.Random(f"{method} {backbone} {trial}").randint(1, STEPS))]
+
+
+def kills(tmp_path, tiny_set, method, backbone, trials, count):
+    whole = run(method, tmp_path, tiny_set, "whole", *how(backbone), backbone=backbone)
+    for trial in trials:
+        (tmp_path / str(trial)).mkdir()
+        moments = moments_of(method, backbone, trial)
+        killed = tried(tmp_path / str(trial), tiny_set, method, backbone, moments, count)
+        same(killed, whole, count)
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_at_a_random_step(method, backbone, tmp_path, tiny_set, count):
+    kills(tmp_path, tiny_set, method, backbone, range(2), count)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_at_ten_more_random_steps(method, backbone, tmp_path, tiny_set, count):
+    kills(tmp_path, tiny_set, method, backbone, range(2, 13), count)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return run("byol", folder, tiny_set, "whole", *how("resnet18"))
+
+
+CASES = {  # moments, one a start
+    "before the first checkpoint": [("step", 1)],
+    "while a checkpoint is written": [("fsync", 3)],
+    "between the two names": [("replace", 5)],
+    "at the end of an epoch": [("step", STEPS // 2)],
+    "while validation is scored": [("scoring", 1)],
+    "after the last step": [("finish", 1)],
+    "three times, once while it resumes": [("step", 5), ("resume", 1), ("step", 2)],
+    "at every second step": [("step", 2)] + [("step", 3)] * 3,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_at_a_moment(case, whole, tmp_path, tiny_set, count):
+    same(tried(tmp_path, tiny_set, "byol", "resnet18", CASES[case], count), whole, count)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_asked_to_stop(method, tmp_path, tiny_set, count):
+    """No step is done again: the state is saved where it stopped."""
+    backbone = "vit_tiny" if method == "mae" else "resnet18"
+    whole = run(method, tmp_path, tiny_set, "whole", *how(backbone))
+    moment = [("step", 3)]
+    killed = tried(
+        tmp_path, tiny_set, method, backbone, moment, count, number=signal.SIGTERM, code=75
+    )
+    assert read_json(killed / "provenance.json")["step"] == 3
+    same(killed, whole, count)
