@@ -49,9 +49,8 @@ def classes_of(names, normal=None):
     if reserved := [kind for kind in folders if kind in NOT_CLASSES]:
         raise UserError(f"folder {reserved[0]}: a column of that name has a meaning of its own")
     if len(found) != 1:
-        raise UserError(
-            f"--normal: which of these folders has the normal images? {', '.join(folders)}"
-        )
+        asked = f"--normal {normal}: no such folder" if normal else "--normal: not named"
+        raise UserError(f"{asked}; which of these has the normal images? {', '.join(folders)}")
     return kinds, found[0]
 
 
@@ -148,6 +147,7 @@ def make_csvs(folder, out, normal=None, val_share=0.3, pattern=None):
     if not any(is_val) or all(is_val):
         few = f"{len(set(groups))} groups of images"
         raise UserError(f"{few} cannot be split into training and validation; see --group")
+    os.makedirs(out, exist_ok=True)
     defects = sorted({kind for kind in kinds if kind not in (None, normal)})
     header = ["Filename", *defects, "Defect"]
     paths = [os.path.join(out, name) for name in (TRAIN, VAL)]
@@ -198,7 +198,6 @@ def main(argv=None):
     if args.check:
         check(args.folder, args.check, halves(pattern))
         return
-    os.makedirs(args.out, exist_ok=True)
     paths, unusable = [os.path.join(args.out, name) for name in (TRAIN, VAL)], {}
     if args.labels:
         fill(args.folder, *paths, args.labels)

@@ -23,11 +23,13 @@ from common.metrics import METRICS, all_scores, without_values
 from common.normal_only import NAMES, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
-from common.running.errors import UserError, regular
+from common.running.errors import UserError
+from common.running.folder import SCORES, read_arrays
 from common.running.process import entry_point
 from common.running.progress import Progress
-from common.running.schema import path_argument, read_yaml
+from common.running.schema import path_argument
 from common.running.standing import read_result
+from common.running.weights import trained_config
 from common.sampler import keep_labels
 from common.store import leave_out_unreadable, open_images
 
@@ -65,8 +67,7 @@ def read_run(folder):
     """(config, result, validation arrays) of a finished run."""
     folder = Path(folder)
     result = read_result(folder)
-    with np.load(regular(folder / "val_scores.npz")) as stored:
-        return read_yaml(folder / "config.yaml"), result, dict(stored)
+    return trained_config(folder), result, read_arrays(folder / SCORES)
 
 
 def thumbnails(images, annotations, rows, label):

@@ -212,6 +212,8 @@ def main(argv=None):
     names += [ONNX] if args.onnx else []
     if there := [str(out / name) for name in names if (out / name).exists() and not args.force]:
         raise UserError(f"{', '.join(there)}: there already; --force overwrites")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: there is a file of that name, and it should be a folder")
     architecture, how = timm_arguments(trained.config)
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.contiguous().clone() for k, v in trained.encoder.state_dict().items()}

@@ -24,7 +24,7 @@ from common.augmentations import ColorJitterNormalize, resize_squash
 from common.data import batches, cores, make_loader
 from common.distributed import mixed_precision, to_device
 from common.images import ImageFolder
-from common.inspection.listing import list_images, share
+from common.inspection.listing import at_least, list_images, share
 from common.inspection.scores_file import Part, files_hash, line_of, sidecar, write_scores
 from common.inspection.trained import Scorer, Trained
 from common.label_table import normal_name
@@ -141,7 +141,7 @@ def main(argv=None):
     point.add_argument("--threshold", type=share, metavar="P", help="probability; default .5")
     point.add_argument("--recall", type=share, metavar="SHARE", help="of defects to be flagged")
     point.add_argument("--false-alarms", type=share, metavar="SHARE", help="of normals, at most")
-    parser.add_argument("--workers", type=int, default=cores(), metavar="N")
+    parser.add_argument("--workers", type=at_least(0), default=cores(), metavar="N")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     out = Path(args.out)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from common.annotations import UNLABELLED, read_annotations
 from common.images import ImageFolder
+from common.inspection.listing import at_least
 from common.inspection.scores_file import UNREADABLE, read_scores
 from common.running.errors import ImageError, UserError
 from common.running.folder import write_atomically
@@ -95,7 +96,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scores", type=path_argument, metavar="scores.csv")
     parser.add_argument("--out", required=True, type=path_argument, metavar="review.html")
-    parser.add_argument("--most", type=int, default=500, metavar="N", help="images on the page")
+    parser.add_argument(
+        "--most", type=at_least(1), default=500, metavar="N", help="images on the page"
+    )
     parser.add_argument("--next", choices=tuple(ORDERS), default="score", help="which come first")
     parser.add_argument("--unlabelled", type=path_argument, metavar="CSV")
     parser.add_argument(
@@ -105,8 +108,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if os.path.exists(args.out) and not args.force:
         raise UserError(f"{args.out}: there already; --force overwrites")
-    if args.most < 1:
-        raise UserError("--most is at least 1")
     rows, about = read_scores(args.scores)
     only = None
     if args.unlabelled:

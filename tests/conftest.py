@@ -73,7 +73,11 @@ def finished(tiny_set, tmp_path_factory):
     """Folder of a finished run of seconds: SimCLR, ResNet-18 at 32 px on the tiny set."""
     import small
 
-    return small.run("simclr", tmp_path_factory.mktemp("finished"), tiny_set, "simclr")
+    before = small.is_narrow()
+    small.make_narrow(False)
+    folder = small.run("simclr", tmp_path_factory.mktemp("finished"), tiny_set, "simclr")
+    small.make_narrow(before)
+    return folder
 
 
 TINY = [

@@ -257,7 +257,7 @@ def test_what_cannot_score(finished, folder, tmp_path, capsys):
     cases = (
         (("--run", tmp_path / "none", folder), "none: no result.json"),
         (("--run", plain, folder), "no result.json, so no finished run"),
-        (("--run", broken, folder), "broken: its scores cannot be read"),
+        (("--run", broken, folder), "offline_probe.npz: cannot be read"),
         (("--run", finished, tmp_path / "no"), "no: no such file"),
         (("--run", finished, folder, "--recall", "0.9", "--threshold", "0.5"), "not allowed with"),
         (("--run", finished, folder, "--prevalence", "2"), "inside 0 to 1"),

@@ -21,6 +21,18 @@ def share(text):
     return value
 
 
+def at_least(least):
+    """A whole number of a command line, for argparse."""
+
+    def whole(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return value
+
+    return whole
+
+
 class Listing(NamedTuple):
     """The images that were named."""
 
@@ -37,7 +49,10 @@ def list_images(paths, image_root=None):
     to, otherwise the one folder, the CSV's folder, or the deepest folder that holds all. A folder's
     files come in the order of their names. Raises UserError naming what is not there.
     """
-    if len(paths) == 1 and paths[0].lower().endswith((".csv", ".tsv")):
+    tables = [path for path in paths if path.lower().endswith((".csv", ".tsv"))]
+    if tables and len(paths) > 1:
+        raise UserError(f"{tables[0]}: a CSV of names stands alone, not among {len(paths)} paths")
+    if tables:
         root = image_root or os.path.dirname(paths[0]) or "."
         return Listing(os.path.realpath(root), _array(_names(paths[0])), 0, {})
     for path in paths:

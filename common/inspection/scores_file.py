@@ -121,17 +121,66 @@ def write_scores(out, filename, lines, probability, threshold, about):
     return bad
 
 
+def _is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _holds(x, **wanted):
+    """Whether x is a dict of which each of these is as wanted."""
+    return isinstance(x, dict) and all(fits(x.get(key)) for key, fits in wanted.items())
+
+
+def _is_share(x):
+    return _is_number(x) and 0 < x < 1
+
+
+def _is_curve(x):
+    of_three = [isinstance(row, list) and len(row) == 3 and _is_number(row[0]) for row in x or []]
+    return isinstance(x, list) and all(of_three)
+
+
+def _is_text(x):
+    return isinstance(x, str) and x != ""
+
+
+WANTED = {key: _is_text for key in ("run", "root", "checkpoint_sha256", "method", "backbone")} | {
+    "prevalence": lambda x: x is None or _is_share(x),
+    "calibration": lambda x: (
+        x is None or _holds(x, slope=_is_number, intercept=_is_number, share=_is_share)
+    ),
+    "threshold": lambda x: x is None or _holds(x, score=_is_number),
+    "validation": lambda x: _holds(x, score_recall_false_alarms=_is_curve),
+    "counts": lambda x: _holds(x, images=_is_number, unreadable=_is_number),
+}
+
+
+def _number(cell):
+    with contextlib.suppress(ValueError, TypeError):
+        return float(cell)
+    return math.nan
+
+
 def read_scores(path):
     """(rows as dicts, contents of the JSON beside it). Raises UserError naming the file."""
     about = read_json(sidecar(path))
-    if about is None:
+    if not isinstance(about, dict):
         raise UserError(f"{sidecar(path)}: cannot be read; it lies beside {path}")
+    if wrong := [key for key, fits in WANTED.items() if not fits(about.get(key))]:
+        raise UserError(f"{sidecar(path)}: {', '.join(wrong)}: not as predict writes it")
     try:
         with open(regular(path), newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader, rows = csv.DictReader(file), []
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-            return list(reader), about
+            for row in reader:
+                if None in row or None in row.values() or not row["file"]:
+                    raise UserError(f"{path}:{reader.line_num}: expected {len(COLUMNS)} cells")
+                scored = row["decision"] != UNREADABLE
+                if scored and not math.isfinite(_number(row["score"])):
+                    told = f"score is '{row['score'][:40]}', expected a number"
+                    raise UserError(f"{path}:{reader.line_num}: {told}")
+                rows.append(row)
+            return rows, about
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:

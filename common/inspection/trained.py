@@ -3,14 +3,13 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.inspection.operating_point import Held
 from common.normal_only import REFERENCE, NormalReference
 from common.offline_probe import apply_probe
-from common.running.errors import UserError, regular
-from common.running.folder import SCORES
+from common.running.errors import UserError
+from common.running.folder import SCORES, read_arrays
 from common.running.standing import read_result
 from common.running.weights import trained_encoder
 from common.scoring import OFFLINE_PROBE
@@ -26,14 +25,9 @@ class Trained:
         """Raises UserError where the run is not finished or cannot be read."""
         self.folder, self.result = Path(folder), read_result(folder)
         self.encoder, self.config, self.sha = trained_encoder(folder)
-        try:
-            with np.load(regular(self.folder / OFFLINE_PROBE)) as stored:
-                self.probes = {name: torch.from_numpy(stored[name]) for name in stored.files}
-            with np.load(regular(self.folder / SCORES)) as stored:
-                self.arrays = {name: stored[name] for name in stored.files}
-        except Exception as error:
-            why = getattr(error, "strerror", None) or type(error).__name__
-            raise UserError(f"{folder}: its scores cannot be read ({why})") from None
+        self.arrays = read_arrays(self.folder / SCORES)
+        probes = read_arrays(self.folder / OFFLINE_PROBE)
+        self.probes = {name: torch.from_numpy(weight) for name, weight in probes.items()}
         self.kept = next((name for name in PROBES if name in self.probes), None)
 
 

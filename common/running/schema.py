@@ -206,13 +206,11 @@ def _convert(value, kind):
         raise ValueError
     if kind is FilePath:
         return os.path.expanduser(_convert(value, str))
-    if kind is int and type(value) is int and abs(value) >= 2**63:
-        raise ValueError
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or value in (float("inf"), float("-inf")):
         raise ValueError
-    if kind is str and not value:
+    if (kind is str and not value) or (kind is int and abs(value) >= 2**63):
         raise ValueError
     return value
 

@@ -111,7 +111,10 @@ def main(argv=None):
         if args.only:
             runs = [r for r in runs if any(fnmatch.fnmatch(r.name, o) for o in args.only)]
         if not runs:
-            raise UserError(f"{args.grid}: no run of that name: {' '.join(args.only or [])}")
+            asked = (
+                f"no run is named {' '.join(args.only)}" if args.only else "groups: no run in them"
+            )
+            raise UserError(f"{args.grid}: {asked}")
         {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)
     except (UserError, OSError) as error:
         say(f"error: {error}")

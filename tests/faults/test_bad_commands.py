@@ -14,8 +14,6 @@ from test_odd_study import forge_array
 from common import annotate, compare, export, pack, predict, review
 from common.study.__main__ import main as study
 
-pytestmark = pytest.mark.usefixtures("narrow")
-
 DEEP = "[" * 100_000
 MAIN = {
     "predict": predict.main,
@@ -229,7 +227,7 @@ CASES = {  # what is wrong: (command, what happened before, what the message has
     "pack, a damaged index": (
         PACK,
         lambda at: ((at / "store").mkdir(), (at / "store/store.json").write_text("{")),
-        ["store.json"],
+        ["store:", "another folder"],
     ),
     "compare, no run": ("compare none", nothing, ["none"]),
     "compare, an unfinished run": (f"compare {RUN}", gone(f"{RUN}/result.json"), ["result.json"]),
@@ -251,7 +249,7 @@ CASES = {  # what is wrong: (command, what happened before, what the message has
         text("g.yaml", "groups: {a: {configs: [none.yaml], axes: {}, overrides: {}}}\n"),
         ["g.yaml", "none.yaml"],
     ),
-    "study, no command": ("study", nothing, ["plan"]),
+    "study, no command": ("study", nothing, ["command"]),
     "study, another command": ("study start", nothing, ["start"]),
 }
 
@@ -263,4 +261,4 @@ def test_a_command(case, scored, tmp_path, capsys, count, monkeypatch):
     before(at)
     monkeypatch.chdir(at)
     name, *argv = command if isinstance(command, list) else command.split()
-    refused(MAIN[name], argv, words, at, capsys, count, f"commands, {name}", own=set())
+    refused(MAIN[name], argv, words, at, capsys, count, f"commands, {name}", own={"lock"})
