@@ -121,6 +121,8 @@ def test_arrays_are_numbers(name, finished, tmp_path, count, capsys):
     canary = tmp_path / "canary"
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(evil_array(canary))
+    if name == "normal_features.npz":
+        np.savez(tmp_path / "run/offline_probe.npz")  # without a probe they are what scores
     words = "--run", tmp_path / "run", finished / "views.png", "--out", tmp_path / "s.csv"
     found = exit_code(predict.main, *words, "--workers", 0)
     no_canary(canary, count)

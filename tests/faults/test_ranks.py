@@ -12,6 +12,7 @@ from small import arguments, outcome
 
 from common.running.folder import read_json
 
+pytestmark = pytest.mark.usefixtures("narrow")
 LIMIT = 60  # seconds until all ranks are gone; measured: under 15
 HOW = ["run.checkpoint_every_steps=2", "optimization.batch_size=12"]
 
@@ -21,9 +22,9 @@ from datetime import timedelta
 import common.running.process as process
 from common.running.run import Run
 import simclr
+from small import make_narrow
 
-pytestmark = pytest.mark.usefixtures("narrow")
-
+make_narrow()
 what, rank, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 process.GROUP_TIMEOUT = timedelta(seconds=8)
 end_step = Run.end_step
@@ -72,7 +73,7 @@ def fails(folder, tiny_set, what, rank, at):
     argv = arguments("simclr", tiny_set, folder, "run", *HOW)
     words = [folder / "fault.py", what, rank, at, folder / "now", *argv]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     with open(folder / "said.txt", "w") as said:
         run = subprocess.Popen(
             [*command, *map(str, words)], cwd=ROOT, env=env, stderr=said, start_new_session=True
