@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+PYTEST = $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 SEED ?= 0
 DEMO ?= $(if $(filter 0,$(SEED)),demo,demo/seed$(SEED))
 SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \
       data.val_csv=$(DEMO)/set/SewerML_Val.csv run.output_dir=$(DEMO)/runs
 
-.PHONY: demo test test-slurm test-gpu bench lint clean
+.PHONY: demo test test-faults test-faults-long test-slurm test-gpu bench lint clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +25,13 @@ demo: $(VENV)/ready
 	$(PY) -m common.compare $(DEMO)/runs/random $(DEMO)/runs/simclr --out $(DEMO)/compare.png
 
 test: $(VENV)/ready
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) --ignore=tests/faults
+
+test-faults: $(VENV)/ready
+	$(PYTEST) tests/faults
+
+test-faults-long: $(VENV)/ready
+	$(PYTEST) tests/faults -m "long or not long"
 
 test-slurm: $(VENV)/ready
 	PYTHON=$(PY) tests/slurm_node.sh

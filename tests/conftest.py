@@ -102,6 +102,16 @@ def narrow():
     make_narrow(False)
 
 
+@pytest.fixture
+def full_size():
+    """The encoders as they are, in a narrow module."""
+    from small import make_narrow
+
+    make_narrow(False)
+    yield
+    make_narrow()
+
+
 def exit_code(main, *words):
     """Of a command's main in this process."""
     try:

@@ -127,7 +127,11 @@ class Encoder(nn.Module):
 
 
 def build(method, backbone_name):
-    """(model, D). backbone_name: resnet18, vit_tiny (32 px, patch 8) or none: an Encoder."""
+    """(model, D), never narrow. backbone_name: resnet18, vit_tiny (32 px, patch 8) or none: an
+    Encoder.
+    """
+    narrow = is_narrow()
+    make_narrow(False)
     torch.manual_seed(0)
     if backbone_name == "none" and method != "mae":
         backbone, dim = Encoder(), 6
@@ -143,7 +147,9 @@ def build(method, backbone_name):
         "mae": lambda: mae.MAE(backbone, 0.75, 32, 2, 4, "class_token"),
         "supervised": lambda: supervised.Supervised(backbone, dim),
     }
-    return make[method](), dim
+    model = make[method]()
+    make_narrow(narrow)
+    return model, dim
 
 
 def full(x):

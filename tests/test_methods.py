@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import on_ranks
-from small import METHODS, PAIRS, arguments, build, outcome, read_log, run, step, stop_at
+from small import METHODS, PAIRS, arguments, build, read_log, run, step, stop_at
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
@@ -20,6 +20,8 @@ from common.data import TrainImages
 from common.probe import RunningScores
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def inputs(n=8, size=32, seed=3):
@@ -196,20 +198,6 @@ def test_the_teachers_numbers_are_in_the_log(finished):
     assert read_log(finished("simclr")[0], "step")[0]["diagnostics"] == {}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_bit_for_bit(method, finished, tmp_path, tiny_set, monkeypatch):
-    """SIGTERM in mid-epoch and at an epoch's last step; then the same command."""
-    for at in (2, 3):
-        stop_at(monkeypatch, at)
-        with pytest.raises(SystemExit) as stop:
-            run(method, tmp_path, tiny_set, "stopped")
-        assert stop.value.code == 75
-        monkeypatch.undo()
-    folder = run(method, tmp_path, tiny_set, "stopped")
-    for ours, whole in zip(outcome(folder), outcome(finished(method)[0]), strict=True):
-        assert ours == whole
-
-
 def watch_updates(script, patch, seen):
     """Call seen("gradients", model) before a step of the optimiser, seen("step") after it, and
     seen("ema", teacher, student, tau) after the teacher's update."""
@@ -280,6 +268,7 @@ def test_a_gradient_scaler_changes_nothing(method, finished, tmp_path, tiny_set,
     assert scaler.get_scale() == 65536
 
 
+@pytest.mark.usefixtures("full_size")
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_trains(method, tmp_path, tiny_set, monkeypatch):
     """As fp32 does on the same machine: apart by rounding (8 bits) and its growth.

@@ -23,6 +23,8 @@ from common.running.folder import read_json
 from common.running.standing import standing
 from common.store import IMAGES, INDEX, PackedStore, leave_out_unreadable
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def frames(tmp_path):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import arguments, run
-from test_run import stop_at
+from small import arguments, run, stop_at
 
 import simclr
 from common.running import provenance

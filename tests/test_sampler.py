@@ -9,6 +9,8 @@ from common.running.folder import read_json
 from common.running.keyed import FIT_SAMPLE
 from common.sampler import EpochSampler, imbalanced_indices, keep_labels, stratified_sample
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def labels(n_normal, n_defect, n_unlabelled=0):
     values = [0] * n_normal + [1] * n_defect + [-1] * n_unlabelled

@@ -46,13 +46,14 @@ def how(backbone):
     return HOW if backbone == "vit_tiny" else [HOW[0], HOW[2]]
 
 
-def tried(folder, tiny_set, method, backbone, moments, count, number=signal.SIGKILL, code=None):
+def tried(folder, tiny_set, method, backbone, moments, number=signal.SIGKILL, code=None, workers=0):
     """A run that is killed at each moment in turn, and then left alone; its folder."""
     argv = arguments(method, tiny_set, folder, "killed", *how(backbone), backbone=backbone)
     for moment, n in moments:
         ended = Command(folder, method, *argv, first=(kill_at, moment, n, number)).wait()
         assert ended == (-signal.SIGKILL if code is None else code), (moment, n)
-    run(method, folder, tiny_set, "killed", *how(backbone), backbone=backbone)
+    others = [*how(backbone), f"data.num_workers={workers}"]
+    run(method, folder, tiny_set, "killed", *others, backbone=backbone)
     return folder / "killed"
 
 
@@ -74,7 +75,7 @@ def kills(tmp_path, tiny_set, method, backbone, trials, count):
     for trial in trials:
         (tmp_path / str(trial)).mkdir()
         moments = moments_of(method, backbone, trial)
-        killed = tried(tmp_path / str(trial), tiny_set, method, backbone, moments, count)
+        killed = tried(tmp_path / str(trial), tiny_set, method, backbone, moments)
         same(killed, whole, count)
 
 
@@ -104,22 +105,23 @@ CASES = {  # moments, one a start
     "after the last step": [("finish", 1)],
     "three times, once while it resumes": [("step", 5), ("resume", 1), ("step", 2)],
     "at every second step": [("step", 2)] + [("step", 3)] * 3,
+    "and gone on with by other workers": [("step", 5)],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_at_a_moment(case, whole, tmp_path, tiny_set, count):
-    same(tried(tmp_path, tiny_set, "byol", "resnet18", CASES[case], count), whole, count)
+    workers = 2 if "workers" in case else 0
+    killed = tried(tmp_path, tiny_set, "byol", "resnet18", CASES[case], workers=workers)
+    same(killed, whole, count)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_asked_to_stop(method, tmp_path, tiny_set, count):
-    """No step is done again: the state is saved where it stopped."""
+    """In mid-epoch and at an epoch's last step; no step is done again."""
     backbone = "vit_tiny" if method == "mae" else "resnet18"
     whole = run(method, tmp_path, tiny_set, "whole", *how(backbone))
-    moment = [("step", 3)]
-    killed = tried(
-        tmp_path, tiny_set, method, backbone, moment, count, number=signal.SIGTERM, code=75
-    )
-    assert read_json(killed / "provenance.json")["step"] == 3
+    moments = [("step", STEPS // 2 - 1), ("step", 1)]
+    killed = tried(tmp_path, tiny_set, method, backbone, moments, number=signal.SIGTERM, code=75)
+    assert read_json(killed / "provenance.json")["step"] == STEPS // 2
     same(killed, whole, count)
