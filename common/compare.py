@@ -157,6 +157,7 @@ def _show_images(axes, title, rows, logits, val, images):
     for axis, row in zip(axes, rows, strict=False):
         axis.axis("on")
         axis.imshow(images.read(val["filename"][row].decode()))
+        axis.set_anchor("N")  # whatever the shapes, below the title
         defect = val["label"][row] == 1
         classes = " ".join(names[val["classes"][row]][:4])
         axis.set_xlabel(f"{logits[row]:+.1f}  {classes if defect else 'normal'}", fontsize=9)

@@ -187,6 +187,13 @@ def step(method, model, bare, views, noise, labels, autocast=None):
     return loss, h, z
 
 
+ABOUT_SCORES = {  # scores.json, as far as a page needs it
+    **{"run": "/runs/x", "root": "/images", "checkpoint_sha256": "0", "method": "simclr"},
+    **{"backbone": "resnet18", "prevalence": 0.1, "threshold": {"score": 0.5, "how": "so"}},
+    "calibration": {"slope": 1.0, "intercept": 0.0, "share": 0.3},
+    "validation": {"score_recall_false_alarms": [[1.0, 0.5, 0.1], [0.0, 1.0, 0.9]]},
+    "counts": {"images": 3, "unreadable": 1, "flagged": 1},
+}
 KINDS = ("features", "embeddings")
 
 

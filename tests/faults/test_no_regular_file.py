@@ -1,12 +1,13 @@
 """A pipe, a socket, a device or a folder where a file belongs: a sentence at once, never a wait."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 
 import pytest
-from small import build
+from small import ABOUT_SCORES, build
 
 from common.annotations import read_annotations
 from common.inspection.listing import list_images
@@ -84,7 +85,7 @@ def test_where_a_file_belongs(reader, kind, tmp_path):
     read, name = READERS[reader]
     make(tmp_path / name, kind)
     if reader == "scores.csv":
-        sidecar(tmp_path / name).write_text('{"a": 1}')
+        sidecar(tmp_path / name).write_text(json.dumps(ABOUT_SCORES))
     with at_once(), pytest.raises(UserError) as error:
         read(tmp_path / name)
     shown = (
