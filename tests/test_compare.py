@@ -10,6 +10,8 @@ from common.compare import SHOWN, collect, main, table
 from common.running.errors import UserError
 from common.running.folder import read_json
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_set):

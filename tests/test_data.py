@@ -11,6 +11,8 @@ from common.images import ImageFolder
 from common.running.errors import ImageError, UserError
 from common.sampler import EpochSampler
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def small(tmp_path):

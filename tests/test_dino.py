@@ -11,6 +11,8 @@ from common.backbones import build_backbone
 from common.running.checkpoint import read_checkpoint
 from dino import DINO, Head, dino_loss, teacher_statistics
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def logits(seed=0, n=8, k=6):
     generator = torch.manual_seed(seed)

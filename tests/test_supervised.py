@@ -6,6 +6,8 @@ from small import read_log, run
 from common.running.checkpoint import read_checkpoint
 from supervised import supervised_loss
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.0, -0.5, 4.0]).double()
 LABELS = torch.tensor([1, 0, 1, -1, 0, -1], dtype=torch.int8)
 

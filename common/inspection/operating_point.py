@@ -107,7 +107,14 @@ class Expected:
             values["images"] = images * flagged
         drawn["images"] = rng.binomial(images, np.clip(drawn["images"] / max(images, 1), 0, 1))
         ends = {name: np.percentile(values, INTERVAL) for name, values in drawn.items()}
-        return {name: (float(best[name]), *map(float, ends[name])) for name in best}
+        return {  # none or all of n lies at an interval's end or, by its prior, beyond it
+            name: (
+                float(x),
+                min(float(ends[name][0]), float(x)),
+                max(float(ends[name][1]), float(x)),
+            )
+            for name, x in best.items()
+        }
 
 
 def _counted(flagged):

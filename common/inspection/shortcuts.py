@@ -25,6 +25,7 @@ from common.sampler import stratified_sample
 MOST_IMAGES = 4000  # of a CSV, labelled: enough for an AUROC to two digits
 THUMBNAIL = 16  # pixels
 SUSPICIOUS = 0.75  # AUROC of a cue of the file
+LOOKS_SPLIT = 0.9  # AUROC of thumbnails from which on near-duplicates are asked about
 BINS = 16  # of a cue, whose relation to defects may go up and down
 EDGE = 48  # grey levels between neighbours
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_.]?(0[1-9]|1[0-2])[-_.]?(0[1-9]|[12]\d|3[01])(?!\d)")
@@ -150,6 +151,11 @@ def report(fit, on):
     print("  by the file: " + ", ".join(f"{k} {text[k]}" for k in OF_FILE))
     floors = [k for k in found if k not in OF_FILE]
     print("  by simple looks, a floor to beat: " + ", ".join(f"{k} {text[k]}" for k in floors))
+    if (found["16x16 thumbnails"] or 0) > LOOKS_SPLIT:
+        print(
+            "note: thumbnails alone tell nearly all. Where several images show one part or place, "
+            "some are in training and some in validation: keep them together by --group"
+        )
     for name, words in OF_FILE.items():
         if found[name] is not None and found[name] > SUSPICIOUS:
             print(

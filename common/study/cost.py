@@ -25,16 +25,17 @@ class TimeLeft:
     """The time that the runs of a grid still take; counts each training set once."""
 
     def __init__(self, runs):
-        self.runs, self._images = runs, {}
+        self.runs, self._images, self._rates = runs, {}, {}  # _rates: of what is finished
 
     def seconds(self):
         """(seconds of what is known, unfinished runs, how many of them are of unknown length)."""
         done, of_finished, of_logs = {}, {}, {}  # done: images of those that are left
         for run in self.runs:
-            at = state(run)[0]
+            at = "finished" if run.name in self._rates else state(run)[0]
             if at == "finished":
-                rate, self._images[data_key(run)] = _measured(run)
-                of_finished.setdefault(cost_key(run), []).append(rate)
+                if run.name not in self._rates:
+                    self._rates[run.name], self._images[data_key(run)] = _measured(run)
+                of_finished.setdefault(cost_key(run), []).append(self._rates[run.name])
                 continue
             done[run], rate = (0, None) if at == "refused" else _logged(run)
             if rate:
@@ -47,7 +48,7 @@ class TimeLeft:
     def text(self, jobs):
         """The same in words, with `jobs` runs at a time."""
         seconds, left, unknown = self.seconds()
-        text = f"{left} left"
+        text = f"{len(self.runs) - left} of {len(self.runs)} finished, {left} left"
         if left > unknown:
             text += f", about {clock(seconds / jobs)} with {jobs} at a time"
         if unknown:

@@ -115,9 +115,7 @@ class Launcher:
                 break
         at, why = state(run)
         if at == "finished":
-            done = sum(state(r)[0] == "finished" for r in self.runs)
-            left = self._time_left.text(self.jobs)
-            say(f"{run.name}: finished; {done} of {len(self.runs)} finished, {left}")
+            say(f"{run.name}: finished; {self._time_left.text(self.jobs)}")
         elif code == STOPPED:
             self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:
