@@ -127,9 +127,49 @@ def start_iteration(loader):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Workers:
+    """When a worker dies torch raises from its signal handler, at whatever moment: where a failure
+    is told, too. Let it be while a batch is waited for.
+    """
+
+    waiting, died, raise_for_the_dead = False, False, None
+
+    def watch(self):
+        """Put ourselves in front of torch's handler, which the first loader installs."""
+        if not hasattr(signal, "SIGCHLD"):
+            return
+        there = signal.getsignal(signal.SIGCHLD)
+        if callable(there) and there != self._notice:
+            self.raise_for_the_dead = there
+            signal.signal(signal.SIGCHLD, self._notice)
+
+    def _notice(self, *_):
+        self.died = True
+        self.check()
+
+    def check(self):
+        if self.waiting and self.died and self.raise_for_the_dead:
+            self.died = False
+            self.raise_for_the_dead(None, None)
+
+
+_workers = _Workers()
+
+
 def batches(loader):
     """The loader's batches; raises the ImageError that a worker met."""
-    for batch in start_iteration(loader):
+    iterator = start_iteration(loader)
+    if loader.num_workers:
+        _workers.watch()
+    while True:
+        _workers.waiting = True
+        try:
+            _workers.check()
+            batch = next(iterator, None)
+        finally:
+            _workers.waiting = False
+        if batch is None:
+            return
         if isinstance(batch, ImageError):
             raise batch
         yield batch

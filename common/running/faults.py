@@ -12,6 +12,7 @@ from common.running.errors import FaultError, UserError
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
 SHARED_MEMORY = ("shared memory", "Bus error", "(shm)")
+DEAD = ("is killed by signal", "exited unexpectedly")  # torch's words of a loader's worker
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -45,6 +46,11 @@ def explain(error):
         told = UserError(
             "the shared memory of the loader's workers, /dev/shm, is too small: give it more (of a "
             "container: --shm-size=8g), or use data.num_workers=0"
+        )
+    elif isinstance(error, (ConnectionError, EOFError)) or any(part in text for part in DEAD):
+        told = FaultError(
+            f"a loader worker has died ({text[:120] or 'in the midst of a batch'}). Where memory "
+            "ran out: lower data.num_workers, or give the job more"
         )
     elif isinstance(error, MemoryError) or any(part in text for part in NO_MEMORY):
         told = UserError(

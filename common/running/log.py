@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.augmentations import MEAN, STD
 from common.running.errors import UserError, regular
+from common.running.progress import say
 
 LOG = "log.jsonl"
 VIEWS_SHOWN = 8  # images
@@ -57,6 +58,29 @@ def epoch_line(loss, scores):
     return ", ".join(shown)
 
 
+class _Board:
+    """TensorBoard. Where it cannot be written, a warning, and the run goes on without it."""
+
+    def __init__(self, folder, step):
+        self._folder, self._writer = folder, None
+        try:
+            self._writer = SummaryWriter(folder, purge_step=step)
+        except OSError as error:
+            self._tell(error)
+
+    def do(self, name, *args):
+        """A SummaryWriter's method."""
+        try:
+            if self._writer is not None:
+                getattr(self._writer, name)(*args)
+        except OSError as error:
+            self._writer = None
+            self._tell(error)
+
+    def _tell(self, error):
+        say(f"warning: {self._folder}: no more TensorBoard ({error.strerror}); {LOG} has it all")
+
+
 class RunLog:
     """One writer a run folder (rank 0)."""
 
@@ -71,7 +95,7 @@ class RunLog:
             raise UserError(f"{self.folder / LOG}: shorter than when the checkpoint was written")
         self._file.truncate(size)
         self._file.seek(size)
-        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
+        self._board = _Board(self.folder / "tensorboard", step)
 
     def write(self, kind, step, record):
         """One line, at once on its way to the disk, and its numbers to TensorBoard."""
@@ -80,7 +104,7 @@ class RunLog:
         self._file.flush()
         for key, value in (record | record.get("diagnostics", {})).items():
             if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{key}", value, step)
+                self._board.do("add_scalar", f"{kind}/{key}", value, step)
 
     def sync(self):
         """On the disk before a checkpoint that counts on it."""
@@ -96,8 +120,8 @@ class RunLog:
         images = views[:, :VIEWS_SHOWN].transpose(0, 1).flatten(0, 1).float().cpu() * std + mean
         grid = torchvision.utils.make_grid(images.clamp(0, 1), nrow=2 * len(views))
         torchvision.utils.save_image(grid, self.folder / "views.png")
-        self._board.add_image("views", grid, 0)
+        self._board.do("add_image", "views", grid, 0)
 
     def close(self):
         """Flush what TensorBoard still holds."""
-        self._board.close()
+        self._board.do("close")
