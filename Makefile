@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-PYTEST = $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST = $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SEED ?= 0
 DEMO ?= $(if $(filter 0,$(SEED)),demo,demo/seed$(SEED))
 SET = data.image_root=$(DEMO)/set/images data.train_csv=$(DEMO)/set/SewerML_Train.csv \

@@ -26,6 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would inherit it
 
 
+LONG = "a_grid ranks grid_of_many a_run fork portable kill_and_resume methods report".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first, so that no core waits for another's at the end."""
+    order = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+
+
 @pytest.fixture(scope="session")
 def sewer_ml():
     """Folder with genuine Sewer-ML images and annotations."""

@@ -228,7 +228,7 @@ def small_grid(tmp_path, tiny_set, seeds, **more):
 
 
 # A checkpoint an epoch takes longer than its steps: many steps, few epochs.
-LONGER = {"optimization.batch_size": 3, "optimization.epochs": 6, "run.val_every_epochs": 6}
+LONGER = {"optimization.batch_size": 3, "optimization.epochs": 3, "run.val_every_epochs": 3}
 
 
 class Child:

@@ -5,10 +5,11 @@ import signal
 import time
 
 import pytest
-from conftest import PATIENCE, ROOT
+from conftest import PATIENCE, ROOT, exit_code
 from test_grid import LONGER, door, small_grid
 
 from common.running.folder import read_json
+from common.study.__main__ import main
 from common.study.grid import read_grid, state
 from common.study.launch import log_path
 
@@ -18,7 +19,9 @@ def in_the_projects_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(tmp_path, tiny_set):
+def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(
+    tmp_path, tiny_set, capsys
+):
     path = small_grid(tmp_path, tiny_set, [1, 2], **LONGER)
     runs = read_grid(path)
     first = door("run", "--grid", path)
@@ -51,13 +54,14 @@ def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(tmp_pat
         provenance = read_json(run.folder / "provenance.json")
         assert provenance["step"] > 0 and len(provenance["earlier_starts"]) == 1
     times = [(run.folder / "result.json").stat().st_mtime_ns for run in runs]
-    assert door("run", "--grid", path).wait() == 0
+    assert exit_code(main, "run", "--grid", path) == 0
     assert times == [(run.folder / "result.json").stat().st_mtime_ns for run in runs]
-    status = door("status", "--grid", path).communicate()[0]
+    assert exit_code(main, "status", "--grid", path) == 0
+    status = capsys.readouterr().out
     assert "2 finished" in status and "0 left" in status
 
 
-def test_a_failed_run_is_listed_with_its_log_and_the_others_go_on(tmp_path, tiny_set):
+def test_a_failed_run_is_listed_with_its_log_and_the_others_go_on(tmp_path, tiny_set, capsys):
     path = small_grid(tmp_path, tiny_set, [1, 2], **{"optimization.epochs": 1})
     runs = read_grid(path)
     runs[0].folder.mkdir(parents=True)
@@ -68,4 +72,5 @@ def test_a_failed_run_is_listed_with_its_log_and_the_others_go_on(tmp_path, tiny
     assert f"failed: {runs[0].name}" in said and "    error: " in said and "last.pt" in said
     assert log_path(runs[0]).read_text().count("error: ") == 1  # not retried
     assert [state(run)[0] for run in runs] == ["failed", "finished"]
-    assert f"failed: {runs[0].name}" in door("status", "--grid", path).communicate()[0]
+    exit_code(main, "status", "--grid", path)
+    assert f"failed: {runs[0].name}" in capsys.readouterr().out

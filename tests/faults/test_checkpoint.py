@@ -105,7 +105,7 @@ def test_what_is_not_finite_is_named():
 CALLS = ("fsync", "link", "replace")
 
 
-def test_a_failing_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+def test_a_failing_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, count):
     """Fail at the n-th operating-system call of a save, n = 1, 2, ... until the save completes."""
     for name in CALLS:
         monkeypatch.setattr(checkpoint.os, name, _failing(getattr(os, name)))
@@ -121,6 +121,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
             found = load_checkpoint(tmp_path, no_warning)[0]["step"]
             assert found in (1 + n, 2 + n) and not (tmp_path / (LAST + ".new")).exists()
             read_checkpoint(tmp_path / PREVIOUS)
+            count("crash points in a save", tried=1, lost=0)
             save_checkpoint(tmp_path, content(2 + n))
         else:
             break
@@ -143,7 +144,7 @@ _failing.left = 0
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, damaged):
+def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, damaged, count):
     """damaged: last.pt is, so that the previous one must outlive the next save."""
     for n in range(1, 20):
         for step in (n, 1 + n):
@@ -160,6 +161,7 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, damaged):
         _, status = os.waitpid(pid, 0)
         found = load_checkpoint(tmp_path, lambda text: None)[0]["step"]
         assert found in ((n, 2 + n) if damaged else (1 + n, 2 + n))
+        count("crash points in a save", tried=status != 0, lost=0)
         if status == 0:
             break
     assert 3 < n < 19 and found == 2 + n

@@ -348,4 +348,4 @@ def test_changed_files_are_used_or_refused(kind, tmp_path, count):
     count("generated bad inputs", tried=len(lines), unexpected=len(bad), crashes=bool(crashed))
     assert not bad, bad[:5]
     assert process.exitcode == 0 and not crashed
-    assert lines.count("refused") > n / 20 < n - lines.count("refused")  # both are tried
+    assert lines.count("refused") > n / 20  # the changes reach what is read
