@@ -20,7 +20,7 @@ def in_the_projects_folder(monkeypatch):
 
 
 def test_a_grid_runs_is_stopped_and_goes_on_without_doing_anything_twice(
-    tmp_path, tiny_set, capsys
+    tmp_path, tiny_set, capsys, monkeypatch
 ):
     path = small_grid(tmp_path, tiny_set, [1, 2], **LONGER)
     runs = read_grid(path)
