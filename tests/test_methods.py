@@ -353,10 +353,13 @@ def whole_run(method, argv):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_score_every_image_once(method, tmp_path, tiny_set):
+def test_two_ranks_score_every_image_once(method, finished, tmp_path, tiny_set):
     on_ranks(2, tmp_path / "r", whole_run, method, arguments(method, tiny_set, tmp_path, "two"))
     result = read_json(tmp_path / "two/result.json")
     assert result["val"]["n"] == 24 and result["val"]["n_defect"] == 8
+    alone = read_json(finished(method)[0] / "result.json")
+    for count in ("n", "n_defect"):  # of the same batches, whoever saw which part
+        assert result["train"][count] == alone["train"][count]
     with np.load(tmp_path / "two/val_scores.npz") as stored:
         assert len(set(stored["filename"])) == 24 and np.isfinite(stored["logit"]).all()
     said = [(tmp_path / f"r/{rank}.err").read_text().count("epoch 2/2") for rank in (0, 1)]

@@ -29,8 +29,8 @@ PLANTED = {  # what is wrong: (file, what stands there, what comes instead, the 
     ),
     "weights run code": (
         "common/running/checkpoint.py",
-        "weights_only=True",
-        "weights_only=False",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
         "tests/faults/test_hostile.py",
     ),
     "the teacher stays": (
@@ -97,7 +97,7 @@ PLANTED = {  # what is wrong: (file, what stands there, what comes instead, the 
         "common/probe.py",
         "rows, logits = gather_unpadded(rows), gather_unpadded(logits)",
         "rows, logits = rows, logits",
-        "tests/test_methods.py tests/test_probe.py -k rank",
+        "tests/test_methods.py -k every_image_once",
     ),
     "names are markup": (
         "common/inspection/review.html",
@@ -116,7 +116,7 @@ def copied(tmp_path_factory):
     for pattern in wanted:
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
-    for name in ("common", "configs", "tests", "docs", "benchmarks"):
+    for name in (".ci", "common", "configs", "tests", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -137,6 +137,6 @@ def test_a_planted_mistake_is_caught(case, copied, count):
         )
     finally:
         path.write_text(text)
-    caught = done.returncode == 1 and " failed" in done.stdout
+    caught = done.returncode == 1 and "FAILED " in done.stdout
     count("planted mistakes", planted=1, caught=caught)
     assert caught, done.stdout[-2000:]
