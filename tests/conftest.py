@@ -112,6 +112,16 @@ def narrow():
 
 
 @pytest.fixture
+def narrow_here():
+    """The same for one test of a module that has full ones."""
+    from small import make_narrow
+
+    make_narrow()
+    yield
+    make_narrow(False)
+
+
+@pytest.fixture
 def full_size():
     """The encoders as they are, in a narrow module."""
     from small import make_narrow

@@ -101,6 +101,7 @@ def small(norm_fixed=False):
     return DINO(backbone, Head(dim, 16, 8, 24, norm_fixed), 24)
 
 
+@pytest.mark.usefixtures("full_size")
 def test_the_head_is_as_the_papers():
     model = small()
     z, scores = model.head(torch.randn(5, 512))

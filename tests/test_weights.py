@@ -185,6 +185,7 @@ def test_a_run_starts_from_another(finished, tiny_set, tmp_path, capsys):
     assert "(run.init_from) has changed since" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("narrow_here")
 def test_a_resume_does_not_start_there_again(tiny_set, tmp_path, monkeypatch, capsys):
     theirs = encoder("resnet18")
     torch.save(theirs.state_dict(), tmp_path / "file.pt")
@@ -260,6 +261,7 @@ def test_a_wrong_file_ends_a_run_with_a_sentence(tiny_set, tmp_path, capsys):
     assert status["state"] == "failed" and not status["retryable"]
 
 
+@pytest.mark.usefixtures("narrow_here")
 def test_settled_statistics_are_for_random_encoders_only(tiny_set, tmp_path):
     folder = run("simclr", tmp_path, tiny_set, "random", "run.frozen_encoder=true")
     saved = read_checkpoint(folder / "last.pt")["model"]
@@ -274,6 +276,7 @@ def test_the_heads_of_a_run_are_known(tiny_set, tmp_path):
         init_encoder(model, str(other))
 
 
+@pytest.mark.usefixtures("narrow_here")
 def test_a_resume_keeps_the_hash_of_what_it_started_from(tiny_set, tmp_path, monkeypatch):
     torch.save(encoder("resnet18").state_dict(), tmp_path / "file.pt")
     words = [f"run.init_from={tmp_path / 'file.pt'}"]

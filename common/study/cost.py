@@ -45,10 +45,14 @@ class TimeLeft:
         total = sum(rates[cost_key(run)] * max(self._count(run) - done[run], 0) for run in known)
         return total, len(done), len(done) - len(known)
 
+    def finished(self):
+        """How many runs were, when `seconds` or `text` looked last."""
+        return len(self._rates)
+
     def text(self, jobs):
         """The same in words, with `jobs` runs at a time."""
         seconds, left, unknown = self.seconds()
-        text = f"{len(self.runs) - left} of {len(self.runs)} finished, {left} left"
+        text = f"{left} left"
         if left > unknown:
             text += f", about {clock(seconds / jobs)} with {jobs} at a time"
         if unknown:

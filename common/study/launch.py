@@ -115,7 +115,9 @@ class Launcher:
                 break
         at, why = state(run)
         if at == "finished":
-            say(f"{run.name}: finished; {self._time_left.text(self.jobs)}")
+            left = self._time_left.text(self.jobs)
+            done = f"{self._time_left.finished()} of {len(self.runs)} finished"
+            say(f"{run.name}: finished; {done}, {left}")
         elif code == STOPPED:
             self.elsewhere.append(run.name)  # somebody stopped this one run
         elif not self.stopped:

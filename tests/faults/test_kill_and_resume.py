@@ -46,14 +46,27 @@ def how(backbone):
     return HOW if backbone == "vit_tiny" else [HOW[0], HOW[2]]
 
 
-def tried(folder, tiny_set, method, backbone, moments, number=signal.SIGKILL, code=None, workers=0):
-    """A run that is killed at each moment in turn, and then left alone; its folder."""
-    argv = arguments(method, tiny_set, folder, "killed", *how(backbone), backbone=backbone)
+def tried(
+    folder,
+    tiny_set,
+    method,
+    backbone,
+    moments,
+    number=signal.SIGKILL,
+    code=None,
+    more=(),
+    last=None,
+):
+    """A run that is killed at each moment in turn, and then left alone; its folder.
+
+    more: overrides of every start; last: of the last one instead, which no resume may notice.
+    """
+    last = more if last is None else last
+    argv = arguments(method, tiny_set, folder, "killed", *how(backbone), *more, backbone=backbone)
     for moment, n in moments:
         ended = Command(folder, method, *argv, first=(kill_at, moment, n, number)).wait()
         assert ended == (-signal.SIGKILL if code is None else code), (moment, n)
-    others = [*how(backbone), f"data.num_workers={workers}"]
-    run(method, folder, tiny_set, "killed", *others, backbone=backbone)
+    run(method, folder, tiny_set, "killed", *how(backbone), *last, backbone=backbone)
     return folder / "killed"
 
 
@@ -111,8 +124,8 @@ CASES = {  # moments, one a start
 
 @pytest.mark.parametrize("case", CASES)
 def test_at_a_moment(case, whole, tmp_path, tiny_set, count):
-    workers = 2 if "workers" in case else 0
-    killed = tried(tmp_path, tiny_set, "byol", "resnet18", CASES[case], workers=workers)
+    last = ["data.num_workers=2"] if "workers" in case else []
+    killed = tried(tmp_path, tiny_set, "byol", "resnet18", CASES[case], last=last)
     same(killed, whole, count)
 
 
@@ -125,3 +138,11 @@ def test_asked_to_stop(method, tmp_path, tiny_set, count):
     killed = tried(tmp_path, tiny_set, method, backbone, moments, number=signal.SIGTERM, code=75)
     assert read_json(killed / "provenance.json")["step"] == STEPS // 2
     same(killed, whole, count)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", ["optimization.precision=bf16", "run.compile=true"])
+def test_in_another_arithmetic(more, tmp_path, tiny_set, count):
+    whole = run("simclr", tmp_path, tiny_set, "whole", *how("resnet18"), more)
+    moments = [("step", STEPS // 2 + 1)]
+    same(tried(tmp_path, tiny_set, "simclr", "resnet18", moments, more=[more]), whole, count)
