@@ -23,7 +23,6 @@ from common.running.folder import note_refused_config
 from common.running.progress import say, speaks, write_error
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank has
-SECONDS_FOR_WORKERS = 30  # to end by themselves, on a busy machine
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 SECONDS_FOR_OTHER_RANKS = 120
 SECONDS_BETWEEN_MEETINGS = 5  # at most, while steps take what they took
@@ -164,11 +163,12 @@ def entry_point(main):
                 signal.signal(*_handlers.popitem())
         if dist.is_initialized() and code == DONE:
             dist.destroy_process_group()
+        if code in (USER_ERROR, FAULT):
+            end_workers(seconds=3)
         if code == USER_ERROR and dist.is_initialized():
             # torchrun ends all ranks once one is gone, and Python takes its time to leave: at once,
             # so that each rank has the exit code that is its own.
             sys.stderr.flush()
-            end_workers()
             os._exit(code)
         if code != DONE:
             sys.exit(code)
@@ -177,12 +177,12 @@ def entry_point(main):
 
 
 @atexit.register  # later than multiprocessing's own, so called before it, which would wait for ever
-def end_workers():
+def end_workers(seconds=30):
     """SIGKILL for loader workers that do not end by themselves: they do not hear SIGTERM."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) is not None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for the killed
-    deadline = time.monotonic() + SECONDS_FOR_WORKERS
+    deadline = time.monotonic() + seconds
     for worker in workers:
         worker.join(max(deadline - time.monotonic(), 0))
         if worker.is_alive():

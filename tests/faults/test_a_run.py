@@ -16,7 +16,6 @@ from torch.utils.data import get_worker_info
 from warm import Command, call
 
 import common.data
-import common.running.process
 import simclr
 from common.running.checkpoint import TrainState, read_checkpoint
 from common.running.config import load_config
@@ -238,7 +237,6 @@ def hang():
 
     common.data.TrainImages.__getitem__ = hanging
     common.data.LOADER_TIMEOUT, common.data.SECONDS_AN_IMAGE = 1, 0.5
-    common.running.process.SECONDS_FOR_WORKERS = 2
 
 
 def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):

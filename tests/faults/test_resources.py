@@ -46,17 +46,20 @@ def test_a_worker_that_dies_ends_the_run_at_once(how, tiny_set, tmp_path, count)
     count("longest wait after a worker's death", seconds=round(seconds, 1))
 
 
-def few_files(most):
+def few_files(more):
+    """Than are open now."""
+    most = len(os.listdir("/proc/self/fd")) + more
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
 def test_too_few_open_files_are_one_sentence(tiny_set, tmp_path):
-    """By workers that send many tensors: they would otherwise wait for ever."""
+    """Four workers need more; torch's own words on a loader that was never whole come besides."""
     more = ["data.num_workers=4", "optimization.batch_size=4"]
     argv = arguments("simclr", tiny_set, tmp_path, "run", *more)
-    done = call(tmp_path, "simclr", *argv, first=(few_files, 64))
+    done = call(tmp_path, "simclr", *argv, first=(few_files, 12))
     assert done.poll() == 2 and done.err.count("error: ") == 1, done.err
-    assert "ulimit -n" in done.err and "Traceback" not in done.err
+    assert "ulimit -n" in done.err
 
 
 SMALL_SHM = """
