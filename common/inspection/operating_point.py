@@ -107,14 +107,10 @@ class Expected:
             values["images"] = images * flagged
         drawn["images"] = rng.binomial(images, np.clip(drawn["images"] / max(images, 1), 0, 1))
         ends = {name: np.percentile(values, INTERVAL) for name, values in drawn.items()}
-        return {  # none or all of n lies at an interval's end or, by its prior, beyond it
-            name: (
-                float(x),
-                min(float(ends[name][0]), float(x)),
-                max(float(ends[name][1]), float(x)),
-            )
-            for name, x in best.items()
-        }
+        # None or all of n may lie beyond the interval, whose prior has seen half an image more.
+        low, high = ({name: float(ends[name][i]) for name in best} for i in (0, 1))
+        values = {name: float(x) for name, x in best.items()}
+        return {name: (x, min(low[name], x), max(high[name], x)) for name, x in values.items()}
 
 
 def _counted(flagged):

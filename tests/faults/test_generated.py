@@ -79,16 +79,13 @@ def mutated(data, rng):
 
 
 class Kind:
-    """A kind of file: its good bytes (one or more), where it lies, and who reads it."""
+    """A kind of file: its `good` bytes (one or more), its `name`, and `read`, by whoever reads it."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def place(self, data):
         (self.folder / self.name).write_bytes(data)
-
-    def read(self):
-        raise NotImplementedError
 
 
 class Yaml(Kind):
