@@ -79,7 +79,7 @@ def mutated(data, rng):
 
 
 class Kind:
-    """A kind of file: its `good` bytes (one or more), its `name`, and `read`, by whoever reads it."""
+    """A kind of file: its `good` bytes (one or more), its `name`, and `read`, by its reader."""
 
     def __init__(self, folder):
         self.folder = folder
