@@ -136,9 +136,8 @@ def main(argv=None):
     train, val = read_split(data.train_csv, data.val_csv)
     images = open_images(data.image_root, data.packed)
     train, val = leave_out_unreadable(images, data.max_bad_images, train, val)
-    rows = imbalanced_indices(
-        train.defect, data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
-    )
+    share = data.train_defect_proportion, cfg.seed, data.fraction, data.subset_size
+    rows = imbalanced_indices(train.defect, *share)
     train = keep_labels(train, rows, data.labels, cfg.seed)
     # --- end shared ---
 
@@ -147,13 +146,11 @@ def main(argv=None):
     # --- shared: data and backbone ---
     run.describe_data(train, rows, val, images.packed)
     sampler = EpochSampler(rows, opt.batch_size, cfg.seed, run.rank, run.world_size)
-    train_loader, val_loader = build_loaders(
-        images, train, sampler, crops, val, data.num_workers, run.device
-    )
+    how = data.num_workers, run.device
+    train_loader, val_loader = build_loaders(images, train, sampler, crops, val, *how)
     augment = ColorJitterNormalize(cfg.seed, compiles(cfg.run.compile, run.device)).to(run.device)
-    backbone, feature_dim = build_backbone(
-        cfg.backbone, data.image_size, cfg.patch_size, cfg.num_heads
-    )
+    vit = cfg.patch_size, cfg.num_heads
+    backbone, feature_dim = build_backbone(cfg.backbone, data.image_size, *vit)
     # --- end shared ---
 
     ssl = cfg.ssl_settings
@@ -162,20 +159,16 @@ def main(argv=None):
 
     # --- shared: optimisation ---
     model = to_device(model, run.device, opt.batch_size)  # channels_last, SyncBatchNorm
-    decay = opt.weight_decay, opt.exclude_bias_and_norm
-    optimizer = build_optimizer(
-        model, opt.optimizer, opt.lr, opt.momentum, *decay, opt.trust_coefficient
-    )
+    decay = opt.weight_decay, opt.exclude_bias_and_norm, opt.trust_coefficient
+    optimizer = build_optimizer(model, opt.optimizer, opt.lr, opt.momentum, *decay)
     if frozen:
         model.requires_grad_(False)
-    kind = cfg.probe.pos_weight
-    weight = pos_weight(kind, train.defect[rows])
+    weight = pos_weight(cfg.probe.pos_weight, train.defect[rows])
     probe = LinearProbe(feature_dim, cfg.probe.momentum, cfg.probe.weight_decay, weight)
     probe = probe.to(run.device)
     autocast, scaler = mixed_precision(opt.precision, run.device)
-    scoring = Scoring(
-        train, rows, val, val_loader, cfg.seed, kind, augment.clean, *run.place, autocast
-    )
+    how = cfg.seed, cfg.probe.pos_weight, augment.clean, crops, *run.place, autocast
+    scoring = Scoring(train, rows, val, val_loader, *how)
     state = TrainState(model, optimizer, probe, scaler)
     run.resume(state, sampler.steps_per_epoch)
     ddp = wrap(model, run.device, cfg.run.compile, cfg.run.deterministic)
@@ -183,6 +176,11 @@ def main(argv=None):
     if frozen and not run.pretrained and run.step == 0:
         settle_batchnorm(model, train_loader, augment, run.device, autocast)
     # --- end shared ---
+
+    def loss_of(views, _):  # of held-out views, in the end
+        with autocast:
+            _, _, p, t = model(views)
+        return byol_loss(*p.float(), *t.float())
 
     for epoch in run.epochs():
         model.train(not run.pretrained)
@@ -232,7 +230,7 @@ def main(argv=None):
         # --- end shared ---
 
     # --- shared: finish ---
-    run.finish(scoring.final(model, probe, state.train_scores, run.folder))
+    run.finish(scoring.final(model, probe, state.train_scores, run.folder, loss_of))
     # --- end shared ---
 
 

@@ -36,7 +36,7 @@ from common.study.grid import read_grid
 from common.synthetic import generate
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("simclr", "byol", "barlow", "dino", "supervised")
+METHODS = ("simclr", "byol", "barlow", "lejepa", "dino", "supervised")
 PAIRS = [(m, b) for m in METHODS for b in ("r18", "vit_tiny")] + [("mae", "vit_tiny")]
 BUDGET = 480  # seconds in all
 FRAMES, COPIES, FRAME = 256, 8, 288  # drawn frames, names of each, pixels of their height

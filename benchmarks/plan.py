@@ -9,7 +9,7 @@ import sys
 from benchmarks.timing import emit, medians
 
 LIMIT = 2  # seconds
-IMPORTS = "import common.study.__main__, barlow, byol, dino, mae, simclr, supervised"
+IMPORTS = "import common.study.__main__, barlow, byol, dino, lejepa, mae, simclr, supervised"
 
 
 def python(*words):

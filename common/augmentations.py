@@ -75,6 +75,11 @@ class CropViews:
         self.flip_prob, self.num_views, self.seed = flip_prob, num_views, seed
         self.noise_size = noise_size
 
+    def with_seed(self, seed):
+        """The same, drawn from another seed."""
+        how = self.image_size, self.min_scale, self.t_val, self.flip_prob, self.num_views
+        return CropViews(*how, seed, self.noise_size)
+
     def __call__(self, image, epoch, row):
         """(H, W, 3) uint8 array or PIL RGB image, epoch and row, which are the key of every draw.
 

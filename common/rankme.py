@@ -1,4 +1,4 @@
-"""RankMe and simple statistics of features and embeddings: what can be told without labels.
+"""RankMe, the rank of what an encoder puts out, and how to see that it has collapsed.
 
 Deviation: RankMe: of one fixed, clean set in eval mode; the study's was of augmented batches.
 """
@@ -15,18 +15,20 @@ GRAM_HOLDS = 1e-6  # smallest r for which it is used
 COLLAPSED = 0.01  # an embedding std below this is a collapse
 
 
+def singular_values(z):
+    """All of them, in no order. z: (N, D) float64."""
+    gram = z.T @ z if len(z) > z.shape[1] else z @ z.T  # its eigenvalues, the squares, come faster
+    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    return torch.linalg.svdvals(z) if s.min() <= GRAM_HOLDS * s.max() else s
+
+
 def rankme(z, centre=False):
     """RankMe, Eq. 1 of arXiv:2210.02885: exp of the entropy of the normalised singular values.
 
     z: (N, D), tensor or array. The original does not centre. Returns a float, 1 to about min(N, D).
     """
     z = torch.as_tensor(z).detach().double()
-    if centre:
-        z = z - z.mean(dim=0)
-    gram = z.T @ z if len(z) > z.shape[1] else z @ z.T  # its eigenvalues, the squares, come faster
-    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    if s.min() <= GRAM_HOLDS * s.max():
-        s = torch.linalg.svdvals(z)
+    s = singular_values(z - z.mean(dim=0) if centre else z)
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + EPSILON
     return float(torch.exp(-(p * p.log()).sum()))
 
@@ -46,24 +48,3 @@ def embedding_std(embeddings):
 def is_collapsed(std, notes):
     """std: an embedding_std; notes: a method's own numbers, maybe with its own `collapsed`."""
     return std < COLLAPSED or notes.get("collapsed", 0.0) > 0.5
-
-
-def label_free(features, embeddings):
-    """Measures of one fixed, clean set. features: (N, D), embeddings: (N, K), of the same images.
-
-    `rankme` is the original's (embeddings, not centred). `mean` and `std` of features are over
-    images and dimensions, and over images, averaged over dimensions. Those of embeddings are after
-    L2 normalisation, std times sqrt(K): 1 is healthy, 0 collapsed.
-    """
-    result = {"n": len(features)}
-    unit = F.normalize(embeddings.double(), dim=1) * embeddings.shape[1] ** 0.5
-    for name, raw, z in (("features", features, features), ("embeddings", embeddings, unit)):
-        z = z.double()
-        result |= {
-            f"rankme_{name}": rankme(raw),
-            f"rankme_{name}_centred": rankme(raw, centre=True),
-            f"rankme_{name}_largest": min(raw.shape),
-            f"mean_{name}": float(z.mean()),
-            f"std_{name}": float(z.std(dim=0, correction=0).mean()),
-        }
-    return {"rankme": result["rankme_embeddings"], **result}

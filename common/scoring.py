@@ -3,6 +3,7 @@
 Deviation: validation: on clean images; the study's Tables 1, 3 and 4 are on augmented views.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,21 @@ import numpy as np
 import torch
 
 from common.annotations import Annotations
-from common.data import clean_loader
-from common.distributed import broadcast_buffers
+from common.augmentations import ColorJitterNormalize, CropViews
+from common.data import TrainImages, batches, clean_loader, make_loader
+from common.distributed import all_reduce_mean, broadcast_buffers, gather_unpadded
+from common.label_free import VIEW_IMAGES, VIEWS, given_labels, label_free, of_clean, of_views
 from common.metrics import all_scores, without_values
 from common.normal_only import REFERENCE, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import evaluate, pos_weight
-from common.rankme import label_free
 from common.running.keyed import FEATURE_ROWS, keyed_rng
+from common.running.progress import Progress
 
 PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)  # of the study's grid
 MOST_FEATURES = 25_600  # rows; RankMe's own sample size
 OFFLINE_PROBE = "offline_probe.npz"
+VIEW_SEED = 0  # of the fixed views: the same in every run, whatever its seed
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Scoring:
     seed: int
     pos_weight: str | float  # as in the config
     clean: object  # uint8 images -> normalised float32
+    crops: CropViews  # as in training
     rank: int
     world_size: int
     device: torch.device
@@ -59,7 +64,7 @@ class Scoring:
         logits = probe.cpu()(features).numpy()
         probe.to(self.device)
         why = probe.unlearned()
-        chosen, measures = self._feature_rows(len(rows)), None
+        chosen, measures = fixed_rows(len(rows), MOST_FEATURES), None
         if self.rank == 0:  # nobody else writes them down
             measures = label_free(features[chosen], embeddings[chosen])
         scores = self._val_scores(logits, why), measures
@@ -73,14 +78,10 @@ class Scoring:
         scores = all_scores(logits, val.defect, val.classes, val.class_names, prevalence)
         return without_values(scores, why) if why else scores
 
-    @staticmethod
-    def _feature_rows(n):
-        """The fixed set that label-free measures are of: the same rows in every run."""
-        return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:MOST_FEATURES])
-
-    def final(self, model, probe, train_scores, folder):
+    def final(self, model, probe, train_scores, folder, loss_of):
         """Score for the last time; write val_scores, features_val, offline_probe, normal_features.
 
+        loss_of: the method's loss of (views (V, B, 3, S, S), Batch), or None where it needs labels.
         All ranks call it; only rank 0 writes, fits the offline probes and gets a result, a dict.
         """
         if self._last is None:  # resumed behind the last epoch
@@ -90,6 +91,7 @@ class Scoring:
         normals = reference_rows(self.train.defect, self.train_rows, self.seed)
         needed = np.unique(np.concatenate([normals, *(of for of, _ in on.values())]))
         rows, train_features = self._train_features(model, needed)
+        views, held_out = self._fixed_views(model, loss_of)
         if self.rank != 0:
             return None
         threads = torch.get_num_threads()
@@ -105,6 +107,10 @@ class Scoring:
             train_features[np.searchsorted(rows, normals)], self.train.filename[normals]
         )
         distances = reference.scores(features)
+        chosen = fixed_rows(len(self.val), MOST_FEATURES)
+        of_chosen = features[chosen], embeddings[chosen]
+        measures = measures | of_clean(*of_chosen) | of_views(*views) | {"loss_held_out": held_out}
+        minority = given_labels(*of_chosen, self.val.defect[chosen])
         torch.set_num_threads(threads)
         reference.save(Path(folder) / REFERENCE)
         all_logits |= {f"score_{name}": values for name, values in distances.items()}
@@ -118,7 +124,47 @@ class Scoring:
             ),
             "val_at": {str(p): self._val_scores(logits, why, p) for p in PREVALENCES},
             "label_free": measures,
+            "given_labels": minority,
         }
+
+    @torch.no_grad()
+    def _fixed_views(self, model, loss_of):
+        """Augmented views of the first VIEW_IMAGES fixed rows of val, in eval mode.
+
+        Drawn as in training, over as many epochs as give VIEWS. Returns (features (V, n, D),
+        embeddings (V, n, K)), and the mean of the method's loss over whole batches of the run's
+        size, or None.
+        """
+        crops, loader, rows = self.crops, self.val_loader, fixed_rows(len(self.val), VIEW_IMAGES)
+        crops = crops.with_seed(VIEW_SEED)
+        share = len(rows) // self.world_size  # the same for each rank
+        rows = rows[self.rank * share :][:share].tolist()
+        size, epochs = max(min(loader.batch_size, share), 1), range(VIEWS // crops.num_views)
+        parts = [rows[at : at + size] for at in range(0, share, size)]
+        keys = [[(epoch, row) for row in part] for part in parts for epoch in epochs]
+        images = TrainImages(loader.dataset.images, self.val, crops)
+        how = loader.num_workers, loader.pin_memory, size
+        augment = ColorJitterNormalize(VIEW_SEED).to(self.device)
+        encoded, losses, was_training = ([], []), [], model.training
+        model.eval()
+        progress = Progress(share * len(epochs), "augmented views", unit="images")
+        for step, batch in enumerate(batches(make_loader(images, *how, batch_sampler=keys))):
+            batch = batch.to(self.device)
+            views = augment(batch.views, batch.factors, step)
+            with self.autocast:
+                of_batch = zip(*map(model.encode, views), strict=True)
+            for kept, z in zip(encoded, of_batch, strict=True):
+                kept.append(torch.stack(z).float().cpu())  # (V, B, D), (V, B, K)
+            if loss_of is not None and len(batch.row) == size:
+                losses.append(loss_of(views, batch).double())
+            progress.update(len(batch.row))
+        progress.close()
+        model.train(was_training)
+        many = len(epochs)
+        of_parts = ([torch.cat(z[i : i + many]) for i in range(0, len(z), many)] for z in encoded)
+        whole = [gather_unpadded(torch.cat(z, dim=1).transpose(0, 1)) for z in of_parts]
+        held_out = float(all_reduce_mean(torch.stack(losses).mean())) if losses else math.nan
+        return [z.transpose(0, 1) for z in whole], held_out if math.isfinite(held_out) else None
 
     def _train_features(self, model, rows):
         """(rows, clean features (n, D)) of sorted training rows, in their order."""
@@ -154,7 +200,7 @@ class Scoring:
             classes=val.classes,
             class_names=np.array(val.class_names, dtype=str),
         )
-        chosen = self._feature_rows(len(val))
+        chosen = fixed_rows(len(val), MOST_FEATURES)
         np.savez(
             folder / "features_val.npz",
             filename=val.filename[chosen],
@@ -163,6 +209,14 @@ class Scoring:
         )
         fitted = {name: weight.numpy() for name, weight in probes.items() if weight is not None}
         np.savez(folder / OFFLINE_PROBE, **fitted)  # (D + 1,) float64 of raw features, bias last
+
+
+def fixed_rows(n, most):
+    """The rows of val's n that label-free measures are of, the same in every run; sorted (most,).
+
+    Fewer are a part of more.
+    """
+    return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:most])
 
 
 def summary(result):

@@ -154,7 +154,7 @@ def python(*args, **kwargs):
     )
 
 
-METHODS = ["simclr", "byol", "barlow", "dino", "mae", "supervised"]
+METHODS = ["simclr", "byol", "barlow", "lejepa", "dino", "mae", "supervised"]
 COMMANDS = ["predict", "annotate", "review", "export", "pack", "compare", "study.__main__"]
 
 

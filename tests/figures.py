@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-LARGEST = ("seconds",)  # of these the largest, of all others the sum
+LARGEST = ("seconds", "percent")  # of these the largest, of all others the sum
 PROPERTY = "figures"
 
 

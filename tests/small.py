@@ -18,6 +18,7 @@ from torch import nn
 import barlow
 import byol
 import dino
+import lejepa
 import mae
 import simclr
 import supervised
@@ -34,6 +35,7 @@ OVERRIDES = {
     "simclr": HEAD,
     "byol": [*HEAD, "ssl_settings.pred_hidden_dim=32"],
     "barlow": HEAD,
+    "lejepa": [*HEAD, "ssl_settings.num_slices=32", "optimization.precision=fp32"],
     "dino": [*HEAD, "ssl_settings.num_prototypes=64", "ssl_settings.warmup_temperature_epochs=1"],
     "mae": [f"ssl_settings.decoder_{key}" for key in ("embed_dim=32", "depth=1", "num_heads=4")]
     + ["patch_size=8"],
@@ -143,6 +145,7 @@ def build(method, backbone_name):
         "simclr": lambda: simclr.SimCLR(backbone, dim, 16, 8),
         "byol": lambda: byol.BYOL(backbone, dim, 16, 12, 8),
         "barlow": lambda: barlow.BarlowTwins(backbone, dim, 16, 8),
+        "lejepa": lambda: lejepa.LeJEPA(backbone, dim, 16, 8),
         "dino": lambda: dino.DINO(backbone, dino.Head(dim, 16, 8, 24, False), 24),
         "mae": lambda: mae.MAE(backbone, 0.75, 32, 2, 4, "class_token"),
         "supervised": lambda: supervised.Supervised(backbone, dim),
@@ -182,6 +185,9 @@ def step(method, model, bare, views, noise, labels, autocast=None):
         loss = byol.byol_loss(*p, *t)
     elif method == "barlow":
         loss = barlow.barlow_twins_loss(*full(z), 0.0051, 0.024)
+    elif method == "lejepa":
+        slices = torch.eye(z.shape[2], dtype=full(z).dtype, device=z.device)
+        loss = lejepa.lejepa_loss(full(z), slices, 0.05)[0]
     elif method == "dino":
         loss = dino.dino_loss(*rest, bare.center, 0.1, 0.04)
     return loss, h, z

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import PATIENCE, ROOT, TINY
-from small import HEAD, make_up
+from small import HEAD, PAIRS, make_up
 
 from common.running.config import load_config
 from common.running.errors import ConfigError
@@ -68,6 +68,34 @@ def test_the_mini_grid_has_the_papers_shape():
     assert groups == {"methods": 22, "random": 4, "resolution": 6, "augmentation": 6}
     assert {r.cfg.data.image_size for r in runs if "resolution" in r.groups} == {24, 48, 72}
     assert {r.cfg.data.image_size for r in runs if "resolution" not in r.groups} == {48}
+
+
+def test_the_grid_of_boards_has_every_method_and_a_control_of_each_backbone():
+    runs = read_grid(ROOT / "configs/grid/boards.yaml")
+    on = {b: [r for r in runs if r.cfg.backbone == b] for b in ("resnet18", "vit_tiny")}
+    assert {k: len(of) for k, of in on.items()} == {"resnet18": 14, "vit_tiny": 6}
+    trained = {r.cfg.method for r in on["resnet18"] if not r.cfg.run.frozen_encoder}
+    assert trained == {m for m, b in PAIRS if b == "resnet18"}
+    assert all(any(r.cfg.run.frozen_encoder for r in of) for of in on.values())
+    assert {r.cfg.data.subset_size for r in runs} == {6000}
+    simclr = [r for r in on["vit_tiny"] if r.cfg.method == "simclr"]
+    assert {r.cfg.optimization.optimizer for r in simclr} == {"adamw", "lars"}
+
+
+def test_the_label_free_grid_has_twelve_runs_a_method_at_one_proportion():
+    runs = read_grid(ROOT / "configs/grid/label_free.yaml")
+    assert Counter(r.cfg.method for r in runs) == {"simclr": 12, "lejepa": 12}
+    assert len({r.cfg.data.train_defect_proportion for r in runs}) == 1
+
+
+def test_the_grid_of_an_hour_on_a_gpu_has_all_pairs_proportions_and_seeds():
+    runs = read_grid(ROOT / "configs/grid/gpu_hour.yaml")
+    methods = [r for r in runs if "methods" in r.groups]
+    assert {(r.cfg.method, r.cfg.backbone) for r in methods} == set(PAIRS)
+    assert len(methods) == len(PAIRS) * 5 * 3
+    groups = Counter(group for run in runs for group in run.groups)
+    more = {"random": 30, "own_size": 6, "vit_tiny_lars": 3, "label_free": 24}
+    assert groups == {"methods": 195} | more
 
 
 def test_the_nearer_override_wins(tmp_path):

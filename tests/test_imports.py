@@ -72,7 +72,7 @@ def test_the_config_stays_outside_common(path):
     arguments = {n.arg for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.arg)}
     if room(path) not in ("running", "study"):
         assert not {"cfg"} & (names | arguments)
-    methods = ("simclr", "byol", "barlow", "dino", "mae")
+    methods = ("simclr", "byol", "barlow", "lejepa", "dino", "mae")
     strings = {
         n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
     }

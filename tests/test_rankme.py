@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import on_ranks
 
-from common.rankme import embedding_std, is_collapsed, label_free, rankme
+from common.label_free import label_free
+from common.rankme import embedding_std, is_collapsed, rankme
 
 
 def test_is_the_papers_formula_by_another_library():

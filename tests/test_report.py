@@ -10,25 +10,23 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_set
 from scipy import stats
-from small import make_up
+from small import make_narrow, make_up, read_log
+from small import run as trained
 
 from common.metrics import at_prevalence
 from common.running.errors import UserError
-from common.running.folder import write_json
-from common.study.budget import label_budget
+from common.running.folder import read_json, write_json
 from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
-from common.study.measures import measures
+from common.study.measures import MEASURES, measures, rank_correlations, scaled_loss, target
+from common.study.overview import causes, label_budget, overview
 from common.study.report import write_report
 from common.study.results import (
     Finished,
     collect,
     estimate,
-    kendall,
     paper_values,
-    regret,
-    spearman,
     with_variants,
 )
 from common.study.tables import in_print, normal_only, performance, probes, resolution, setting
@@ -56,7 +54,7 @@ def complete(tmp_path_factory, tiny_set):
         rng = np.random.default_rng(0)
         for run in runs:
             make_up(run, rng)
-        write_report(runs, tmp_path / "report", draws=3)
+        write_report(runs, tmp_path / "report", draws=3, paper=True)
     return runs, tmp_path / "report"
 
 
@@ -74,11 +72,13 @@ def test_a_complete_grid_gives_every_table_and_figure(complete):
     assert {f"{t}.{kind}" for t in tables for kind in ("csv", "tex")} <= names
     figures = ("heatmap_resnet18", "heatmap_vit_tiny", "heatmap_resnet18_more", "fig3_augmentation")
     figures += ("f1_by_prevalence", "label_free_over_epochs", "label_free_against_f1", "samples")
-    figures += ("recall_by_class",)
+    figures += ("recall_by_class", "overview", "causes")
     assert {f"{f}.{kind}" for f in figures for kind in ("png", "pdf")} <= names
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 10 and "Missing runs" not in page
+    assert page.count("data:image/png;base64,") == 12 and "Missing runs" not in page
     assert not re.search(r'(src|href)="(?!data:|[\w.]+")', page)  # works offline
+    places, links = (re.findall(rf"<{tag}=#?part(\d+)>", page) for tag in ("h2 id", "a href"))
+    assert len(places) > 20 and places == links
 
 
 def test_drawn_subsets_stand_beside_the_closed_form(complete):
@@ -242,31 +242,87 @@ def test_scores_at_other_prevalences_come_from_what_is_stored(complete):
     assert sum(entry.class_counts().values()) > 0
 
 
-def test_rank_correlations_are_the_librarys():
-    for n in (3, 10, 60):
-        x, y = RNG.integers(0, 8, n), RNG.integers(0, 8, n) + RNG.random(n).round(1)
-        if len(set(x)) > 1:
-            assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
-            assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y)[0])
-    assert spearman([1, 1, 1], [1, 2, 3]) is None and kendall([1, 2], [1, 2]) is None
-    assert regret([3, 1, 2], [0.5, 0.9, 0.7]) == pytest.approx(0.4) and regret([1], [0.5]) is None
+@pytest.mark.parametrize("n", [3, 10, 60])
+def test_rank_correlations_are_the_librarys(n):
+    rng = np.random.default_rng(n)
+    x, y = rng.permutation(n) // 2, rng.integers(0, 8, n) + rng.random(n).round(1)
+    rho, tau, regret = rank_correlations(x, y)
+    assert rho.mean == pytest.approx(stats.spearmanr(x, y)[0])
+    assert tau.mean == pytest.approx(stats.kendalltau(x, y)[0])
+    assert -1 <= rho.low <= rho.mean <= rho.high <= 1 and tau.low < tau.high
+    assert regret == y.max() - y[np.argmax(x)]
 
 
-def test_pooled_measures_leave_out_the_random_encoder_and_the_embeddings_width(tmp_path, tiny_set):
+def test_the_interval_of_a_correlation_is_the_bootstraps():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=25)
+    y = x + rng.normal(size=25)
+    rho, tau, _ = rank_correlations(x, y)
+    draws = [rng.integers(0, 25, 25) for _ in range(2000)]
+    for found, library in ((rho, stats.spearmanr), (tau, stats.kendalltau)):
+        expected = np.percentile([library(x[i], y[i])[0] for i in draws], (2.5, 97.5))
+        assert (found.low, found.high) == pytest.approx(expected, abs=0.06)
+
+
+def test_without_a_choice_there_is_no_correlation_and_no_regret():
+    assert rank_correlations([1, 1, 1], [1, 2, 3])[:2] == [None, None]
+    assert rank_correlations([3, 1], [0.5, 0.9]) == [None, None, pytest.approx(0.4)]
+    assert rank_correlations([1], [0.5]) == [None, None, None]
+    assert rank_correlations([3, 1, 2], [0.5, 0.9, 0.7])[2] == pytest.approx(0.4)
+
+
+def of_label_free(tmp_path, tiny_set, change):
+    """Two methods' five finished runs each and their controls, after change(result, i)."""
     runs = [r for r in paper_runs(tmp_path, tiny_set) if set(r.groups) & {"methods", "random"}]
     runs = [r for r in runs if r.cfg.method in ("simclr", "dino") and r.cfg.backbone == "resnet18"]
     for i, run in enumerate(runs):
         make_up(run, np.random.default_rng(i))
         result = json.loads((run.folder / "result.json").read_text())
-        wide = 10 if result["method"] == "dino" else 1  # as good for their width
-        result["label_free"]["rankme_embeddings"] = wide * result["val"]["f1"]
-        result["label_free"]["rankme_embeddings_largest"] = wide * 128
+        change(result, i)
         write_json(run.folder / "result.json", result)
-    rows = [r for r in measures(collect(runs)[0]).rows if r[2:4] == ["RankMe of embeddings", "val"]]
-    assert [(r[1], r[4]) for r in rows] == [
-        *[("all trained", 10), ("simclr", 5), ("dino", 5), ("random", 5)]
-    ]
-    assert all(r[5] == pytest.approx(1) and r[6] == pytest.approx(1) and r[7] == 0 for r in rows)
+    return collect(runs)[0]
+
+
+def test_a_measure_counts_within_a_method_and_pooling_misleads(tmp_path, tiny_set):
+    """Within each method RankMe follows the score; the better method has the lower one."""
+
+    def change(result, i):
+        better = result["method"] == "dino"
+        score = 0.3 + 0.5 * better + i / 100
+        result["val_offline_fixed"]["average_precision"] = score
+        measures = result["label_free"] | {"rankme_embeddings": 64 * (score - 0.75 * better)}
+        measures["rankme_embeddings_largest"] = 128
+        result["label_free"] = measures | {"sigreg_embeddings": 1 - score}
+        result["label_free"] |= {"alpha_req_embeddings": 1 + (1 - score) * (-1) ** i}
+
+    finished = of_label_free(tmp_path, tiny_set, change)
+    rows = {(r[1], r[2]): r[4:] for r in measures(finished).rows}
+    assert {method for method, _ in rows} == {"simclr", "dino", "pooled"}  # without the controls
+    for method in ("simclr", "dino"):
+        for name in ("RankMe", "SIGReg", "alpha-ReQ, ranks 4 to 100"):
+            n, rho, tau, regret = rows[method, f"{name}, embeddings"]
+            assert (n, rho.mean, tau.mean, regret) == (5, pytest.approx(1), pytest.approx(1), 0)
+        n, _, _, regret = rows[method, "a run at random"]
+        assert regret == pytest.approx(0.02) and n == 5
+    n, rho, _, regret = rows["pooled", "RankMe, embeddings"]
+    assert n == 10 and rho.mean < 0 and regret > 0.4
+    assert rows["pooled", "SIGReg, embeddings"][1].mean == pytest.approx(1)
+
+
+def test_every_measure_of_a_run_is_in_the_table(tmp_path, tiny_set):
+    make_narrow()
+    try:
+        folder = trained("barlow", tmp_path, tiny_set, "real")
+    finally:
+        make_narrow(False)
+    cfg = SimpleNamespace(ssl_settings=SimpleNamespace(lambda_=0.5))
+    entry = Finished(SimpleNamespace(folder=folder, cfg=cfg), read_json(folder / "result.json"), "")
+    rows = {row[2]: row for row in measures([entry]).rows}
+    assert {m.name for m in MEASURES} <= set(rows) and target(entry) is not None
+    loss = read_log(folder, "epoch")[-1]["loss"]
+    (found,) = (m.goodness(entry) for m in MEASURES if m.name == "training loss")
+    assert found == -loss and scaled_loss(entry) == pytest.approx(-loss / 0.5**0.4)
+    assert rows["training loss / lambda^0.4"][3:5] == ["nothing", 1]
 
 
 def test_the_papers_values_are_complete_and_consistent():
@@ -283,6 +339,58 @@ def test_the_papers_values_are_complete_and_consistent():
             assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.006), (
                 key
             )
+
+
+def of_causes(method, proportion, own, fixed, subset_size=None):
+    """A finished run as the pictures of the overview look at it."""
+    cfg = SimpleNamespace(data=SimpleNamespace(subset_size=subset_size))
+    result = {
+        "method": method,
+        "val_offline": {"auroc": own},
+        "val_offline_fixed": {"auroc": fixed},
+    }
+    how = {"result": result, "backbone": "resnet18", "proportion": proportion, "method": method}
+    return SimpleNamespace(run=SimpleNamespace(cfg=cfg), **how)
+
+
+def lines_of(axis):
+    return {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+
+
+def test_causes_are_told_apart_by_what_is_kept_the_same():
+    entries = [of_causes("byol", p, 0.5 + p, 0.6 + p) for p in (0.45, 0.05)]
+    entries += [of_causes("byol", p, None, 0.7 + p, 2000) for p in (0.05, 0.45)]
+    entries += [of_causes("random", 0.05, 0.5, 0.5), of_causes("random", None, 0.1, 0.1)]
+    axes = causes(entries).axes
+    near = pytest.approx
+    assert [axis.get_title().split(": ")[1] for axis in axes] == [
+        "own labels,\nown number of images",
+        "the same labels,\nown number of images",
+        "own labels,\nthe same number of images",
+        "the same labels,\nthe same number of images",
+    ]
+    assert lines_of(axes[0])["byol"] == [[0.05, near(0.55)], [0.45, near(0.95)]]
+    assert lines_of(axes[1])["byol"] == [[0.05, near(0.65)], [0.45, near(1.05)]]
+    assert lines_of(axes[2])["byol"] == []
+    assert lines_of(axes[3])["byol"] == [[0.05, near(0.75)], [0.45, near(1.15)]]
+    assert lines_of(axes[0])["random"] == [[0.05, 0.5]]
+
+
+def test_the_overview_shows_each_setting_its_interval_chance_and_the_random_encoder(complete):
+    runs, _ = complete
+    runs = [run for run in runs if set(run.groups) & {"methods", "random"}]
+    entries = [e for e in collect(runs)[0] if e.backbone == "resnet18"]
+    (axis,) = overview(entries).axes
+    names = ["supervised", "byol", "barlow", "simclr", "dino", "random"]
+    assert [text.get_text() for text in axis.get_xticklabels()] == names
+    lines = [line.get_xydata().tolist() for line in axis.get_lines()]
+    assert lines[0][0][1] == 0.5
+    control = [e.at()["auroc"] for e in entries if e.method == "random"]
+    assert lines[1][0][1] == pytest.approx(np.mean(control)) and len(control) == 2
+    for e in entries:
+        at = [y for line in lines for _, y in line]
+        assert e.at()["auroc"] in at and set(e.interval("auroc")) <= set(at)
+        assert e.result["val_normal_only"]["knn"]["auroc"] in at
 
 
 def of_budget(labels, auroc, script="simclr", frozen=True, init_from=None, seed=0):
@@ -308,8 +416,7 @@ def test_the_label_budget_has_a_line_a_start():
     entries += [of_budget(n, 0.9, "supervised", False, "a") for n in (100, 400)]
     figure = label_budget(entries)
     (axis,) = figure.axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
-    assert lines == {
+    assert lines_of(axis) == {
         "probe on random features, ResNet-18": [[100, 0.6], [400, 0.9]],
         "probe on pre-trained features, ResNet-18": [[100, pytest.approx(0.7)]],
         "supervised, from scratch, ResNet-18": [[100, 0.7]],

@@ -86,6 +86,16 @@ FIRST_STEPS = {
         "backbone": 11.15674021,
         "projector": 1.812611043,
     },
+    ("lejepa", "resnet18"): {
+        "loss": 0.409327969,
+        "backbone": 41.00583616,
+        "projector": 2.035224525,
+    },
+    ("lejepa", "vit_tiny"): {
+        "loss": 0.2895644375,
+        "backbone": 16.85326173,
+        "projector": 2.657939981,
+    },
     ("dino", "resnet18"): {"loss": 5.946374243, "backbone": 684.3454763, "head": 57.75647256},
     ("dino", "vit_tiny"): {"loss": 5.809681063, "backbone": 129.0410316, "head": 25.04504468},
     ("mae", "vit_tiny"): {
@@ -157,6 +167,10 @@ TRAJECTORIES = {
         0.2850485181, 0.2313549711, 0.208746792, 0.2532803384, 0.2668926554, 0.245338242,
         0.2047025226, 0.3610557268, 0.156142741, 0.2183298878, 0.3339723205, 0.2292279523,
     ],
+    "lejepa": [
+        0.2555103272, 0.276510832, 0.251820628, 0.2798662914, 0.2564788568, 0.2724199696,
+        0.2019989698, 0.3003914099, 0.2047392397, 0.2626248112, 0.3814568211, 0.2073073653,
+    ],
     "dino": [
         1.938989725, 1.646261566, 2.149478364, 2.709020724, 2.592606272, 3.451701403,
         3.165403004, 3.57880251, 2.669830931, 3.196039335, 2.999164735, 2.874718763,
@@ -210,6 +224,8 @@ MISTAKES = [
     ("simclr", "nt_xent_loss", lambda z0, z1, t: (z0, z1, 1.001 * t)),
     ("byol", "byol_loss", lambda p0, p1, t0, t1: (p0, p1, t0, 1.001 * t1 + 0.001)),
     ("barlow", "barlow_twins_loss", lambda z0, z1, lambda_, scale: (z0, z1, 2 * lambda_, scale)),
+    ("lejepa", "lejepa_loss", lambda z, slices, lambda_: (z, slices, 1.01 * lambda_)),
+    ("lejepa", "draw_slices", lambda *how: (*how[:3], how[3] + 1, how[4])),
     ("dino", "dino_loss", lambda s, t, center, *how: (s, t, 2 * center, *how)),
     ("dino", "linear", lambda step, *how: (step + 1, *how)),
     ("mae", "mae_loss", lambda images, pred, mask, *how: (images, pred, 1 - mask, *how)),

@@ -5,7 +5,7 @@ import numpy as np
 # One number a purpose, so that two purposes never share a stream. Never renumber.
 SUBSET, ORDER, VIEW, JITTER_ORDER, FEATURE_ROWS, FIT_SAMPLE, FOLD, FILE_CHECK = range(1, 9)
 MASK, BOOTSTRAP, DRAWN_SUBSET, SAMPLE_IMAGES, NORMAL_SAMPLE, RATES = range(9, 15)
-LABEL_BUDGET, CUE_SAMPLE = range(15, 17)
+LABEL_BUDGET, CUE_SAMPLE, SLICES, MEASURE_DRAWS = range(15, 19)
 
 
 def keyed_rng(purpose, *key):

@@ -70,7 +70,7 @@ def report(runs, args):
     """The page, tables and figures of what is finished."""
     from common.study.report import write_report  # matplotlib, which nothing else here needs
 
-    write_report(runs, args.out, args.probe, args.draws)
+    write_report(runs, args.out, args.probe, args.draws, args.paper)
 
 
 def _count(text):
@@ -103,6 +103,9 @@ def main(argv=None):
     )
     parser.add_argument(
         "--draws", type=_count, default=0, metavar="N", help="report: also draw N real subsets each"
+    )
+    parser.add_argument(
+        *("--paper",), action="store_true", help="report: the paper's values beside any images"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)

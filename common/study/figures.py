@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 from common.metrics import METRICS
-from common.study.measures import MEASURES, measure_of
+from common.study.measures import DRAWN
 from common.study.results import PREVALENCES, estimate, settings
 from common.study.tables import backbone_name, in_print, percent, setting
 
@@ -18,9 +18,9 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#5
 MARKS = "osD^vPX*"
 
 
-def looks(finished):
+def looks(finished, name=lambda e: e.method):
     """{method: (colour, mark)} in the order in which the methods come."""
-    methods = list(settings(finished, lambda e: e.method))
+    methods = list(settings(finished, name))
     pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False)
     return dict(zip(methods, pairs, strict=False))
 
@@ -104,7 +104,7 @@ def prevalence_curves(finished):
         axis.minorticks_off()
         axis.set_ylim(0, 1)
     _labels(axes, "defects in validation", "F1")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def over_epochs(finished):
@@ -128,17 +128,16 @@ def over_epochs(finished):
             axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def measures_against_f1(finished):
     """Figures 9 and 10: each label-free measure against F1 on training views and on validation."""
-    keys = {k: v for k, v in MEASURES.items() if "centred" not in k}
-    figure, axes = panels(2, len(keys), sharey="row")
+    figure, axes = panels(2, len(DRAWN), sharey="row")
     look = looks(finished)
     for entry in finished:
-        for column, (key, name) in enumerate(keys.items()):
-            value = measure_of(key)(entry)
+        for column, measure in enumerate(DRAWN):
+            value = measure.of(entry)
             for row, f1 in enumerate((entry.result["train"]["f1"], entry.at()["f1"])):
                 if value is None or f1 is None:
                     continue
@@ -147,10 +146,11 @@ def measures_against_f1(finished):
                 label = f"{entry.method}, {backbone_name(entry.backbone)}"
                 how = {"marker": mark, "facecolors": face, "edgecolors": colour, "label": label}
                 axes[row, column].scatter(value, f1, **how)
-            axes[1, column].set_xlabel(name + (", share" if "rankme" in key else ""))
+            share = ", share" if measure.key.startswith("rankme") else ""
+            axes[1, column].set_xlabel(measure.name + share)
     axes[0, 0].set_ylabel("F1, training views")
     axes[1, 0].set_ylabel("F1, validation")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def recall_by_class(finished, rows):
@@ -170,7 +170,7 @@ def recall_by_class(finished, rows):
         axis.set_xscale("log")
         axis.set_title(backbone)
     _labels(axes, "images of the class in training, plus 1", "recall of the class")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def augmentation(finished):
@@ -207,7 +207,7 @@ def _labels(axes, x, y):
         axis.set_ylabel(y)
 
 
-def _with_legend(figure, axes):
+def with_legend(figure, axes):
     """One legend for all panels, below them."""
     handles = {}
     for axis in axes.flat:

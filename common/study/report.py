@@ -10,19 +10,21 @@ from common.running.errors import UserError
 from common.running.keyed import SAMPLE_IMAGES, keyed_rng
 from common.running.progress import Progress, say
 from common.study import figures, tables
-from common.study.budget import label_budget
 from common.study.measures import measures
-from common.study.results import collect, settings, with_variants
+from common.study.overview import causes, label_budget, overview
+from common.study.results import collect, paper_values, settings, with_variants
 from common.study.samples import samples
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 0 1rem }
 h1, h2 { line-height: 1.2; margin-top: 2.5rem }
 .wide { overflow-x: auto } .wide img { max-width: 100%; min-width: 40rem } figure { margin: 1rem 0 }
+nav a { display: inline-block; margin: 0 1rem .2rem 0 } nav { font-size: 14px }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
 """
+SEWER_ML = 130_046  # validation images of it: then the paper's values mean something
 MOST_ROWS, FIRST_ROWS = 60, 12  # of a longer table the first are shown, and all folded away
 NOTES = """
 The scores are of a binary decision, defect or normal. Validation scores are the {probe} probe's on
@@ -37,12 +39,16 @@ class Page:
     """Collects sections; writes each table and figure to its own files too."""
 
     def __init__(self, folder):
-        self.folder, self.parts = Path(folder), []
+        self.folder, self.parts, self.titles = Path(folder), [], []
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _add(self, title, content):
+        self.titles.append(html.escape(title))
+        self.parts.append(f"<h2 id=part{len(self.titles)}>{html.escape(title)}</h2>{content}")
 
     def add_text(self, title, text):
         """A heading and a paragraph."""
-        self.parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>")
+        self._add(title, f"<p>{html.escape(text)}</p>")
 
     def add_table(self, table):
         """NAME.csv and NAME.tex beside the page."""
@@ -64,26 +70,31 @@ class Page:
         figures.plt.close(figure)
         (self.folder / f"{name}.png").write_bytes(picture.getvalue())
         data = base64.b64encode(picture.getvalue()).decode()
-        self.parts.append(
-            f'<h2>{html.escape(title)}</h2><figure><div class="wide">'
+        self._add(
+            title,
+            '<figure><div class="wide">'
             f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-            f"</div><figcaption>{html.escape(caption)}</figcaption></figure>"
+            f"</div><figcaption>{html.escape(caption)}</figcaption></figure>",
         )
 
     def write(self, title):
         """index.html; returns its path."""
         head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-        body = f"<h1>{html.escape(title)}</h1>" + "\n".join(self.parts)
+        links = (f"<a href=#part{i}>{name}</a>" for i, name in enumerate(self.titles, 1))
+        intro, *parts = self.parts
+        contents = f"{intro}<nav>{' '.join(links)}</nav>"
+        body = f"<h1>{html.escape(title)}</h1>" + "\n".join([contents, *parts])
         path = self.folder / "index.html"
         path.write_text(f"<!doctype html><html lang=en>{head}<body>{body}</body></html>\n")
         return path
 
 
-def write_report(runs, folder, probe="online", draws=0):
+def write_report(runs, folder, probe="online", draws=0, paper=False):
     """runs: GridRuns, finished or not. Writes the page of what is there; returns its path.
 
-    probe: a key of LOGITS, whose validation scores; draws: real subsets to draw a prevalence.
+    probe: a key of LOGITS, whose validation scores; draws: real subsets to draw a prevalence;
+    paper: the paper's values beside ours also where the images are not Sewer-ML's.
     """
     finished, missing = collect(runs, probe)
     if not finished:
@@ -101,7 +112,8 @@ def write_report(runs, folder, probe="online", draws=0):
     ablations = of("resolution"), of("augmentation")
     budget = [e for e in finished if any(g.startswith("labels") for g in e.run.groups)]
     main = [e for e in finished if set(e.run.groups) - {"resolution", "augmentation"}]
-    steps = list(_main_steps(page, with_variants(main), probe, draws)) if main else []
+    paper = paper_values() if paper or len(finished[0].scores.label) == SEWER_ML else None
+    steps = list(_main_steps(page, with_variants(main), probe, draws, paper)) if main else []
     if budget:
         how = "label_budget", "AUROC by number of labels"
         caption = "Validation, at its own mix. A frozen encoder by its offline probe, a supervised "
@@ -109,7 +121,7 @@ def write_report(runs, folder, probe="online", draws=0):
         steps.insert(0, lambda: page.add_figure(*how, caption, label_budget(budget)))
     if ablations[0]:
         sizes = with_variants(ablations[0], but=["data.image_size"])
-        steps.append(lambda: page.add_table(tables.resolution(sizes)))
+        steps.append(lambda: page.add_table(tables.resolution(sizes, paper)))
     if ablations[1]:
         how = "fig3_augmentation", "Figure 3: augmentation"
         caption = f"Validation F1 by the {probe} probe. The scale is the panel's own."
@@ -134,12 +146,30 @@ def write_report(runs, folder, probe="online", draws=0):
     return path
 
 
-def _main_steps(page, main, probe, draws):
+def _main_steps(page, main, probe, draws, paper):
     """One call a part of the page about methods, proportions and backbones."""
+    yield lambda: page.add_figure(
+        "overview",
+        "Who sees the defects",
+        f"AUROC of the {probe} probe on clean validation images, with 95 % intervals over seeds "
+        "(t), or with one seed over images; the stronger the more defects in training. What is "
+        "learned is what lies above the random encoder. The diamonds need no label of a defect.",
+        overview(main),
+    )
     for split in ("val", "train"):
-        yield lambda s=split: page.add_table(tables.performance(main, s))
+        yield lambda s=split: page.add_table(tables.performance(main, s, paper))
     yield lambda: page.add_table(tables.probes(main))
     yield lambda: page.add_table(tables.normal_only(main))
+    if len({e.proportion for e in main} - {None}) > 1:
+        yield lambda: page.add_figure(
+            "causes",
+            "What fewer defects cost, taken apart",
+            "AUROC of offline probes against the proportion in pre-training. With fewer defects a "
+            "run pre-trains on fewer, its own probe learns from fewer labels, and the largest "
+            "subset of that proportion has fewer images: each column keeps something the same. "
+            "Mean over seeds, the band their range.",
+            causes(main),
+        )
     for backbone, entries in settings(main, lambda e: e.backbone).items():
         name = tables.backbone_name(backbone)
         for part, metrics in (
@@ -149,8 +179,8 @@ def _main_steps(page, main, probe, draws):
             yield lambda e=entries, b=backbone, n=name, p=part, m=metrics: page.add_figure(
                 f"heatmap_{b}{p}",
                 f"{n}: training against validation proportion" + (", more scores" if p else ""),
-                f"As Figures 2, 4 and 5. The {probe} probe, clean validation images, every "
-                "prevalence in closed form, mean over seeds. All panels share one scale.",
+                f"The paper's Figures 2, 4 and 5. The {probe} probe on clean validation images, "
+                "every prevalence in closed form, mean over seeds. All panels share one scale.",
                 figures.heatmaps(e, m),
             )
     yield lambda: page.add_figure(
@@ -160,7 +190,7 @@ def _main_steps(page, main, probe, draws):
         "(t), or with one seed over images.",
         figures.prevalence_curves(main),
     )
-    yield lambda: page.add_table(tables.matrix(main))
+    yield lambda: page.add_table(tables.matrix(main, paper))
     if draws:
         yield lambda: page.add_table(tables.subsets(main, draws))
     yield lambda: page.add_figure(

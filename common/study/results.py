@@ -194,33 +194,3 @@ def settings(finished, key):
         if at is not None:
             groups.setdefault(at, []).append(entry)
     return groups
-
-
-def ranks(values):
-    """(N,) -> ranks from 1, ties share the mean."""
-    values = np.asarray(values, float)
-    below = (values[:, None] > values).sum(axis=1)
-    return below + ((values[:, None] == values).sum(axis=1) + 1) / 2
-
-
-def spearman(x, y):
-    """Correlation of ranks; None where it is undefined."""
-    x, y = ranks(x), ranks(y)
-    if len(x) < 3 or x.std() == 0 or y.std() == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def kendall(x, y):
-    """Tau-b; None where it is undefined."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    dx, dy = np.sign(x[:, None] - x), np.sign(y[:, None] - y)
-    norm = math.sqrt(float((dx**2).sum()) * float((dy**2).sum()))
-    return float((dx * dy).sum()) / norm if len(x) > 2 and norm else None
-
-
-def regret(measure, score):
-    """How much score is lost by picking the run with the highest measure; None without a choice."""
-    if len(score) < 2:
-        return None
-    return float(np.max(score) - np.asarray(score)[int(np.argmax(measure))])

@@ -11,7 +11,6 @@ from common.study.results import (
     Estimate,
     beside,
     estimate,
-    paper_values,
     settings,
 )
 from common.study.table import Table
@@ -51,33 +50,41 @@ def _header(metrics, of_paper):
             yield from (f"{name}, paper", f"{name}, difference")
 
 
-def performance(finished, split):
-    """Tables 1, 3 and 4: every score of a split beside the paper's. split: train | val."""
-    rows, paper = [], paper_values()
+def performance(finished, split, paper=None):
+    """Tables 1, 3 and 4: every score of a split. split: train | val.
+
+    paper: `paper_values`, to stand beside them; None: they are of other images.
+    """
+    rows, of_paper = [], OF_TABLES if paper else ()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
         row = [*in_print(backbone, method, proportion), len(entries)]
         for metric in METRICS:
             ours = estimate(entries, metric, split=split)
             key = ("tables 3 and 4", backbone, method, split, metric, proportion, None)
-            row += beside(ours, paper.get(key)) if metric in OF_TABLES else [ours]
+            row += beside(ours, paper.get(key)) if metric in of_paper else [ours]
         rows.append(row)
     if split == "val":
-        rows.append(_everything_a_defect(finished))
+        rows.append(_everything_a_defect(finished, of_paper))
     what = {
         "train": "the online probe over the last epoch, on augmented views, as it learned. In "
         "brackets 95 % intervals over seeds, where there are several",
-        "val": f"the {finished[0].probe} probe on clean validation images, all of them; the "
-        "paper's are the online probe's, on augmented views. In brackets 95 % intervals: over "
-        "seeds (t), or with one seed over images (bootstrap)",
+        "val": f"the {finished[0].probe} probe on clean validation images, all of them. In "
+        "brackets 95 % intervals: over seeds (t), or with one seed over images (bootstrap)",
     }[split]
+    theirs = (
+        " The paper's are the online probe's, on augmented views, and of Sewer-ML at 224 pixels: "
+        "beside another set's their difference means nothing. Its MAE never got a gradient, so its "
+        "values stand beside the random ViT's too."
+    )
     return Table(
         f"performance_{split}",
-        {"train": "Tables 3 and 4, training", "val": "Tables 1, 3 and 4, validation"}[split],
-        f"Scores of {what}. The paper's values are of Sewer-ML at 224 pixels: beside another set's "
-        "their difference means nothing. Its MAE never got a gradient, so its values stand beside "
-        "the random ViT's too. Scores are binary, defect or normal: easier than, and not "
-        "comparable with, the 17-class benchmark of Sewer-ML.",
-        (*SETTING, "seeds", *_header(METRICS, OF_TABLES)),
+        {
+            "train": "Scores in training (Tables 3 and 4)",
+            "val": "Scores on validation (Tables 1, 3 and 4)",
+        }[split],
+        f"Scores of {what}.{theirs if paper else ''} Scores are binary, defect or normal: easier "
+        "than, and not comparable with, the 17-class benchmark of Sewer-ML.",
+        (*SETTING, "seeds", *_header(METRICS, of_paper)),
         rows,
     )
 
@@ -133,7 +140,7 @@ def _mean(values):
     return float(np.mean(known)) if known else None
 
 
-def _everything_a_defect(finished):
+def _everything_a_defect(finished, of_paper):
     """The floor: the scores of calling every validation image a defect."""
     stored = finished[0].scores
     how = stored.label, stored.classes, stored.class_names
@@ -141,27 +148,28 @@ def _everything_a_defect(finished):
     row = ["", "everything a defect", "", ""]
     for metric in METRICS:
         floor = Estimate(scores[metric], None, None, 0)
-        row += beside(floor, None) if metric in OF_TABLES else [floor]
+        row += beside(floor, None) if metric in of_paper else [floor]
     return row
 
 
-def matrix(finished):
+def matrix(finished, paper=None):
     """Figures 2, 4 and 5 as numbers: every score at every validation prevalence."""
-    rows, paper = [], paper_values()
+    rows, of_paper = [], OF_FIGURE_2 if paper else ()
     for (backbone, method, proportion), entries in settings(finished, setting).items():
         for p in PREVALENCES:
             row = [*in_print(backbone, method, proportion), percent(p), len(entries)]
             for metric in METRICS:
                 ours = estimate(entries, metric, p)
-                theirs = paper.get(("figure 2", backbone, method, "val", metric, proportion, p))
-                row += beside(ours, theirs) if metric in OF_FIGURE_2 else [ours]
+                at = ("figure 2", backbone, method, "val", metric, proportion, p)
+                row += beside(ours, paper.get(at)) if metric in of_paper else [ours]
             rows.append(row)
     return Table(
         "matrix",
         "Training against validation proportion, in numbers",
-        f"The {finished[0].probe} probe on clean validation images, in closed form, beside Figure "
-        "2. In brackets 95 % intervals: over seeds (t), or with one seed over images.",
-        (*SETTING, "defects in validation", "seeds", *_header(METRICS, OF_FIGURE_2)),
+        f"The {finished[0].probe} probe on clean validation images, in closed form"
+        f"{', beside Figure 2' if paper else ''}. In brackets 95 % intervals: over seeds (t), or "
+        "with one seed over images.",
+        (*SETTING, "defects in validation", "seeds", *_header(METRICS, of_paper)),
         rows,
     )
 
@@ -196,14 +204,15 @@ def subsets(finished, draws, metrics=("f1", "f2_ciw", "f2_ciw_strict", "precisio
     )
 
 
-def resolution(finished):
+def resolution(finished, paper=None):
     """Table 2: validation F1 by image size, supervised, resize only."""
-    rows, paper = [], paper_values()
+    rows = []
     groups = settings(finished, lambda e: (*setting(e), e.run.cfg.data.image_size))
     for (backbone, method, proportion, size), entries in groups.items():
-        theirs = paper.get(("table 2", backbone, method, "val", "f1", None, float(size)))
+        at = ("table 2", backbone, method, "val", "f1", None, float(size))
         minutes = float(np.mean([e.result["seconds"] / e.result["epochs"] for e in entries])) / 60
-        ours = beside(estimate(entries, "f1"), theirs)
+        ours = [estimate(entries, "f1")]
+        ours = beside(*ours, paper.get(at)) if paper else ours
         rows.append([*in_print(backbone, method, proportion), size, *ours, minutes])
     rows.sort(key=lambda row: (*row[:3], row[3]))
     return Table(
@@ -212,7 +221,7 @@ def resolution(finished):
         f"Validation F1 of the supervised baseline by image size, resized and not augmented, by "
         f"the {finished[0].probe} probe. Minutes: of the whole run with its validations, divided "
         "by its epochs.",
-        (*SETTING, "pixels", "F1", "F1, paper", "F1, difference", "minutes an epoch"),
+        (*SETTING, "pixels", *_header(["f1"], ["f1"] if paper else ()), "minutes an epoch"),
         rows,
     )
 

@@ -1,5 +1,6 @@
 """What a machine lacks or takes away: workers, shared memory, files, folders, a clock, a locale."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -7,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, exit_code, write_set
 from small import arguments, outcome, run
 from torch.utils.data import get_worker_info
@@ -16,7 +20,11 @@ from warm import call
 
 import common.data
 import simclr
+from common.annotations import Annotations
+from common.augmentations import CropViews
+from common.data import build_loaders
 from common.running.folder import read_json
+from common.sampler import EpochSampler
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -132,3 +140,43 @@ def test_a_clock_a_home_a_locale_and_a_folder_make_no_difference(tiny_set, tmp_p
     done = call(tmp_path, "simclr", *argv, env=env, first=(other_circumstances,))
     assert done.poll() == 0, done.err
     assert outcome(odd / "run") == outcome(whole)
+
+
+class OneImage:
+    """What `open_images` returns, without a file."""
+
+    def read(self, name, where="", check=True):
+        return np.zeros((20, 20, 3), np.uint8)
+
+    def check(self, *_):
+        """Nothing to find."""
+
+
+def megabytes(pid):
+    """Resident memory of a process that it shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="no /proc")
+def test_memory_stays_flat_over_epochs(count):
+    """50,000 names, three epochs, two workers: of a list of Python strings each look is a write."""
+    rows = 50_000
+    names = np.array([f"folder/of/images/{i:08d}.png".encode() for i in range(rows)])
+    defect, classes = np.zeros(rows, np.int8), np.zeros((rows, 0), bool)
+    table = Annotations("a.csv", names, defect, classes, (), np.arange(rows, dtype=np.int32), ())
+    sampler = EpochSampler(np.arange(rows), 500, seed=0)
+    crops = CropViews(16, 0.4, 0.275, 0.5, 2, seed=0)
+    loader, _ = build_loaders(OneImage(), table, sampler, crops, table, 2, torch.device("cpu"))
+    loader.batch_sampler.start(0, 0, 3)
+    found = []
+    for step, _ in enumerate(common.data.batches(loader), 1):
+        if step % sampler.steps_per_epoch == sampler.steps_per_epoch // 2:
+            workers = [child.pid for child in multiprocessing.active_children()]
+            assert len(workers) >= 2
+            found.append([sum(map(megabytes, workers)), megabytes(os.getpid())])
+    assert len(found) == 3
+    growth = [last / first - 1 for first, last in zip(found[0], found[2], strict=True)]
+    assert max(growth) < 0.02, found
+    count("growth of memory over three epochs", percent=round(100 * max(growth), 1))
