@@ -20,9 +20,10 @@ from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
 from common.study.measures import MEASURES, measures, rank_correlations, scaled_loss, target
-from common.study.overview import causes, label_budget, overview
+from common.study.overview import causes, correlations, label_budget, overview
 from common.study.report import write_report
 from common.study.results import (
+    Estimate,
     Finished,
     collect,
     estimate,
@@ -339,6 +340,47 @@ def test_the_papers_values_are_complete_and_consistent():
             assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.006), (
                 key
             )
+
+
+def test_a_grid_of_many_settings_is_a_choice_among_them(tmp_path, tiny_set):
+    words = [*tiny_set, f"run.output_dir={tmp_path / 'runs'}"]
+    runs = read_grid(ROOT / "configs/grid/label_free.yaml", words)
+    for i, run in enumerate(runs):
+        make_up(run, np.random.default_rng(i))
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "Choosing without labels, among settings" in page and "Tables 1, 3" not in page
+    rows = read_csv(tmp_path / "report/settings.csv")
+    assert len(rows) == 24 and "optimization.lr=0.003" in " ".join(r["method"] for r in rows)
+    best = [float(r["average precision"]) for r in rows if r["method"].startswith("simclr")]
+    assert best == sorted(best, reverse=True) and len(best) == 12
+    found = {r["method"]: r for r in read_csv(tmp_path / "report/label_free_settings.csv")}
+    assert set(found) == {"simclr", "lejepa", "pooled"} and found["simclr"]["runs"] == "12"
+    assert (tmp_path / "report/label_free_settings_correlations.png").exists()
+
+
+def test_the_picture_of_correlations_has_a_mark_a_method_and_measure():
+    row = ["ResNet-18", "byol", "RankMe", "nothing", 9, Estimate(0.5, -0.2, 0.9, 9), None, 0.1]
+    other = [*row[:1], "dino", *row[2:5], Estimate(-0.3, -0.6, 0.1, 9), *row[6:]]
+    rows = [
+        row,
+        other,
+        [*row[:1], "pooled", *row[2:]],
+        [*row[:2], "std", "labels", 2, None, None, 0],
+    ]
+    (axis,) = correlations(rows).axes
+    marks = [line.get_xydata().tolist() for line in axis.get_lines()[:2]]
+    assert [x for ((x, _),) in marks] == [0.5, -0.3]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["RankMe"]
+
+
+def test_runs_are_told_apart_by_a_group_of_their_own_or_by_what_differs(tmp_path, tiny_set):
+    words = [*tiny_set, f"run.output_dir={tmp_path / 'runs'}", "seed=[1, 2]"]
+    runs = read_grid(ROOT / "configs/grid/boards.yaml", words)
+    runs = [r for r in runs if r.cfg.method == "simclr" and r.cfg.backbone == "vit_tiny"]
+    for run in runs:
+        make_up(run, RNG)
+    names = [e.method for e in with_variants(collect(runs)[0])]
+    assert names == ["simclr", "simclr", "simclr, lars", "simclr, lars", "random", "random"]
 
 
 def of_causes(method, proportion, own, fixed, subset_size=None):

@@ -18,9 +18,9 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#5
 MARKS = "osD^vPX*"
 
 
-def looks(finished, name=lambda e: e.method):
+def looks(finished):
     """{method: (colour, mark)} in the order in which the methods come."""
-    methods = list(settings(finished, name))
+    methods = list(settings(finished, lambda e: e.method))
     pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False)
     return dict(zip(methods, pairs, strict=False))
 

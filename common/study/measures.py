@@ -111,7 +111,7 @@ def scaled_loss(entry):
     return -loss / weight**SCALED if weight and loss is not None else None
 
 
-def measures(finished):
+def measures(finished, name="label_free"):
     """Each measure's rank correlation with the score, and the regret of picking by it."""
     rows = []
     for (backbone, method), entries in groups_of(finished).items():
@@ -119,24 +119,24 @@ def measures(finished):
         where = [backbone_name(backbone), method]
         longest = max(e.result["epochs"] for e in entries)
         last = scores[[e.result["epochs"] == longest for e in entries]]
-        for name, regret in (
+        for pick, regret in (
             ("a run at random", scores.max() - scores.mean()),
             ("the last epoch: a run of the most", scores.max() - last.mean()),
         ):
             regret = float(regret) if len(scores) > 1 else None
-            rows.append([*where, name, "", len(scores), None, None, regret])
+            rows.append([*where, pick, "", len(scores), None, None, regret])
         found = [(m.name, m.needs, [m.goodness(e) for e in entries]) for m in MEASURES]
         if method != "pooled":
-            name = f"training loss / lambda^{SCALED:g}"
-            found.append((name, "", [scaled_loss(e) for e in entries]))
-        for name, needs, values in found:
+            scaled = f"training loss / lambda^{SCALED:g}"
+            found.append((scaled, "", [scaled_loss(e) for e in entries]))
+        for measure, needs, values in found:
             known = [(v, s) for v, s in zip(values, scores, strict=True) if v is not None]
             if known:
-                row = [*where, name, needs or "nothing", len(known)]
+                row = [*where, measure, needs or "nothing", len(known)]
                 rows.append([*row, *rank_correlations(*zip(*known, strict=True))])
     return Table(
-        "label_free",
-        "Choosing without labels",
+        name,
+        "Choosing without labels" + (", among settings" if name != "label_free" else ""),
         "Within a method and backbone, whose runs differ in what the grid varies: rank correlation "
         "of each measure, turned so that more should be better, with average precision on "
         f"validation by the probe on fixed labels, and, in brackets, 95 % of {DRAWS} bootstrap "
@@ -146,6 +146,26 @@ def measures(finished):
         "measure compares what its authors do not: that row is there to show that it misleads. "
         "MAE and supervised runs have no projector: their embeddings are their features.",
         ("backbone", "method", "measure", "needs", "runs", *RANK_CORRELATIONS, "regret"),
+        rows,
+    )
+
+
+def runs(finished):
+    """What each run of many settings reached, beside the measures that need nothing."""
+    shown = [m for m in MEASURES if m.part in ("label_free", "log") and "features" not in m.name]
+    rows = []
+    for e in sorted(finished, key=lambda e: (e.result["method"], -(target(e) or 0))):
+        scores = e.result.get("val_offline_fixed") or {}
+        found = [scores.get("average_precision"), scores.get("auroc")]
+        rows.append([backbone_name(e.backbone), e.method, *found, *(m.of(e) for m in shown)])
+    names = (m.name.replace(", embeddings", "") for m in shown)
+    return Table(
+        "settings",
+        "Runs of many settings",
+        "A row a run, the best of a method first: average precision and AUROC on validation by the "
+        "probe on fixed labels, and the measures of its embeddings. RankMe is a share of its "
+        "largest value.",
+        ("backbone", "method", "average precision", "AUROC", *names),
         rows,
     )
 

@@ -1,11 +1,13 @@
-"""Pictures of what the study asks: who sees defects, what imbalance costs, how far labels go."""
+"""Pictures of what the study asks: who sees defects, what imbalance costs, how far labels go, and
+what tells good runs from bad without them."""
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
-from common.study.figures import looks, panels, shades, with_legend
-from common.study.results import estimate, settings
+from common.study.figures import COLOURS, MARKS, looks, panels, shades, with_legend
+from common.study.results import Estimate, estimate, settings
 from common.study.tables import backbone_name, percent
 
 SPLITS = {"own labels": "val_offline", "the same labels": "val_offline_fixed"}
@@ -62,9 +64,9 @@ def causes(finished):
     columns = [(s, labels) for s in sizes if s in by_size for labels in SPLITS]
     backbones = list(settings(known, lambda e: e.backbone))
     figure, axes = panels(len(backbones), len(columns), sharey="row", height=3.2)
-    look = looks(known, lambda e: e.result["method"])
+    look = looks(known)
     for c, (size, labels) in enumerate(columns):
-        lines = settings(by_size[size], lambda e: (e.backbone, e.result["method"]))
+        lines = settings(by_size[size], lambda e: (e.backbone, e.method))
         for (backbone, method), entries in lines.items():
             scores = {}
             for entry in entries:
@@ -88,6 +90,33 @@ def causes(finished):
     for axis in axes[:, 0]:
         axis.set_ylabel("AUROC, offline probe")
     return with_legend(figure, axes)
+
+
+def correlations(rows):
+    """Rank correlation of each measure with its interval; a column and colour a kind of labels.
+
+    rows: of measures.measures; those of single methods are shown, a mark each.
+    """
+    rows = [r for r in rows if isinstance(r[5], Estimate) and r[1] != "pooled"]
+    names = list(dict.fromkeys((r[3], r[2]) for r in rows))
+    lines = list(dict.fromkeys((r[0], r[1]) for r in rows))
+    figure, ((axis,),) = panels(1, 1, height=max(2.0, 0.24 * len(names)), width=7.5)
+    for i, (line, colour, mark) in enumerate(zip(lines, cycle(COLOURS), cycle(MARKS))):
+        of = [r for r in rows if (r[0], r[1]) == line]
+        y = [names.index((r[3], r[2])) + 0.6 * ((i + 0.5) / len(lines) - 0.5) for r in of]
+        axis.hlines(y, [r[5].low for r in of], [r[5].high for r in of], color=colour, linewidth=1)
+        label = ", ".join(line[::-1])
+        axis.plot([r[5].mean for r in of], y, mark, color=colour, markersize=4, label=label)
+    axis.axvline(0, color="#555555", linewidth=0.8)
+    axis.set_yticks(
+        range(len(names)), [n + (f" ({k})" if k != "nothing" else "") for k, n in names]
+    )
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(-1.02, 1.02)
+    axis.set_xlabel("Spearman's rank correlation with average precision")
+    axis.grid(alpha=0.25)
+    return with_legend(figure, np.array([[axis]]))
 
 
 def label_budget(finished):

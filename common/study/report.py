@@ -11,7 +11,8 @@ from common.running.keyed import SAMPLE_IMAGES, keyed_rng
 from common.running.progress import Progress, say
 from common.study import figures, tables
 from common.study.measures import measures
-from common.study.overview import causes, label_budget, overview
+from common.study.measures import runs as runs_of_settings
+from common.study.overview import causes, correlations, label_budget, overview
 from common.study.results import collect, paper_values, settings, with_variants
 from common.study.samples import samples
 
@@ -111,7 +112,9 @@ def write_report(runs, folder, probe="online", draws=0, paper=False):
 
     ablations = of("resolution"), of("augmentation")
     budget = [e for e in finished if any(g.startswith("labels") for g in e.run.groups)]
-    main = [e for e in finished if set(e.run.groups) - {"resolution", "augmentation"}]
+    many = [e for e in finished if any(g.startswith("label_free") for g in e.run.groups)]
+    apart = {"resolution", "augmentation", *(g for e in many for g in e.run.groups)}
+    main = [e for e in finished if set(e.run.groups) - apart]
     paper = paper_values() if paper or len(finished[0].scores.label) == SEWER_ML else None
     steps = list(_main_steps(page, with_variants(main), probe, draws, paper)) if main else []
     if budget:
@@ -119,6 +122,9 @@ def write_report(runs, folder, probe="online", draws=0, paper=False):
         caption = "Validation, at its own mix. A frozen encoder by its offline probe, a supervised "
         caption += "run by its head; a point is the mean over seeds, the band their range."
         steps.insert(0, lambda: page.add_figure(*how, caption, label_budget(budget)))
+    if many:
+        steps += _choice_steps(page, with_variants(many), "label_free_settings")
+        steps.append(lambda: page.add_table(runs_of_settings(with_variants(many))))
     if ablations[0]:
         sizes = with_variants(ablations[0], but=["data.image_size"])
         steps.append(lambda: page.add_table(tables.resolution(sizes, paper)))
@@ -168,7 +174,7 @@ def _main_steps(page, main, probe, draws, paper):
             "run pre-trains on fewer, its own probe learns from fewer labels, and the largest "
             "subset of that proportion has fewer images: each column keeps something the same. "
             "Mean over seeds, the band their range.",
-            causes(main),
+            causes(with_variants(main, but=["data.subset_size"])),
         )
     for backbone, entries in settings(main, lambda e: e.backbone).items():
         name = tables.backbone_name(backbone)
@@ -207,7 +213,7 @@ def _main_steps(page, main, probe, draws, paper):
         f"is the online probe's over the last epoch, on validation the {probe} probe's.",
         figures.measures_against_f1(main),
     )
-    yield lambda: page.add_table(measures(main))
+    yield from _choice_steps(page, main)
     classes = tables.class_recall(main)
     yield lambda: page.add_figure(
         "recall_by_class",
@@ -223,3 +229,18 @@ def _main_steps(page, main, probe, draws, paper):
         "Table 5 and Figure 1: images of the training and the validation CSV, drawn at random.",
         samples(main[0].run.cfg.data, lambda n: keyed_rng(SAMPLE_IMAGES, n)),
     )
+
+
+def _choice_steps(page, entries, name="label_free"):
+    """What tells good runs from bad: the picture and the table."""
+    table = measures(entries, name)
+    if any(row[5] is not None and row[1] != "pooled" for row in table.rows):
+        yield lambda: page.add_figure(
+            f"{name}_correlations",
+            f"{table.title}: the picture",
+            "Rank correlation of each measure, turned so that more should be better, with average "
+            "precision by the probe on fixed labels; lines: 95 % of bootstrap samples of runs. In "
+            "brackets what a measure needs. An interval across 0 tells nothing.",
+            correlations(table.rows),
+        )
+    yield lambda: page.add_table(table)

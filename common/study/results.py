@@ -106,14 +106,19 @@ def collect(runs, probe="online"):
 
 def with_variants(finished, but=()):
     """The same, told apart where runs of one method, backbone and proportion differ in more than
-    the seed. but: keys (`section.key`) that may differ."""
+    the seed: by their group where each has one of its own (the first's go without), else by what
+    differs. but: keys (`section.key`) that may differ."""
     told = []
     for entries in settings(finished, lambda e: (e.method, e.backbone, e.proportion)).values():
         flat = [_flat(identity(e.run.cfg, with_paths=True)) for e in entries]
         keys = [k for k in flat[0] if k not in ("seed", *but) and len({f.get(k) for f in flat}) > 1]
-        for entry, values in zip(entries, flat, strict=True):
-            variant = ", ".join(f"{key}={values.get(key)}" for key in keys)
-            told.append(dataclasses.replace(entry, variant=variant))
+        names = [", ".join(f"{key}={values.get(key)}" for key in keys) for values in flat]
+        groups = [entry.run.groups for entry in entries]
+        pairs = set(zip(names, groups, strict=True))
+        if len(pairs) == len(set(names)) == len(set(groups)):
+            names = ["" if of == groups[0] else of[-1] for of in groups]
+        for entry, name in zip(entries, names, strict=True):
+            told.append(dataclasses.replace(entry, variant=name))
     return told
 
 
