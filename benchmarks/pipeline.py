@@ -2,7 +2,8 @@
 
 The peer is torchvision's PIL pipeline from the PNG file, as solo-learn and the study use it.
 Frames are drawn, with a camera's noise, at Sewer-ML's two usual sizes. `workers` is what bounds a
-GPU: ours leaves colour to the device. `all on the CPU` has the jitter, too, in batches of 32.
+GPU: ours leaves colour to the device. `all on the CPU` has the jitter, too, in batches of 32. Beside
+each stand its parts, in ms a sample: to read and decode, to crop and resize twice, to jitter twice.
 """
 
 import tempfile
@@ -105,9 +106,13 @@ def measure(name, folder, eager, compiled):
     calls = {"peer": peer}
     for form in sets:
         calls[form, 0] = lambda form=form: workers(form)
+        calls[form, "read"] = lambda form=form: [sets[form].read(i, False) for i in range(FRAMES)]
         if form != "files":
             calls[form, 1] = lambda form=form: everything(form, eager)
             calls[form, 2] = lambda form=form: everything(form, compiled)
+    for i, augment in ((1, eager), (2, compiled)):
+        batch = default_collate(workers("jpeg"))
+        calls["jitter", i] = lambda a=augment, b=batch: a(b.views, b.factors, 0)
     seconds = medians(calls, REPEATS, 2, time.process_time)
     views = {form: torch.stack([b.views for b in workers(form)]).flatten(0, 1) for form in sets}
     whats = "workers", "all on the CPU", "all on the CPU, run.compile=true (a kernel an operation)"
@@ -117,8 +122,10 @@ def measure(name, folder, eager, compiled):
         for i, (what, target) in enumerate(zip(whats, targets, strict=True)):
             if target is not None:
                 like = {} if form == "files" else {"psnr": psnr(views[form], views["files"])}
-                times = [1000 * seconds[key] / FRAMES for key in ((form, i), "peer")]
-                emit(f"{what}: {name}, {form}", *times, target, "ms a sample", **like)
+                keys = (form, i), "peer", (form, 0), (form, "read"), ("jitter", max(i, 1))
+                ours, theirs, both, read, jitter = (1000 * seconds[k] / FRAMES for k in keys)
+                like |= {"read": read, "crop": both - read} | ({"jitter": jitter} if i else {})
+                emit(f"{what}: {name}, {form}", ours, theirs, target, "ms a sample", **like)
 
 
 def main():
