@@ -2,8 +2,9 @@
 
 The peer is torchvision's PIL pipeline from the PNG file, as solo-learn and the study use it.
 Frames are drawn, with a camera's noise, at Sewer-ML's two usual sizes. `workers` is what bounds a
-GPU: ours leaves colour to the device. `all on the CPU` has the jitter, too, in batches of 32. Beside
-each stand its parts, in ms a sample: to read and decode, to crop and resize twice, to jitter twice.
+GPU: ours leaves colour to the device. `all on the CPU` has the jitter, too, in batches of 32.
+Beside each stand its parts, in ms a sample: to read and decode, to crop and resize twice, to jitter
+twice.
 """
 
 import tempfile
