@@ -78,8 +78,8 @@ MEASURES = (
     Measure("training loss", "log", "loss", -1),
     Measure("loss on held-out views", "label_free", "loss_held_out", -1),
     *(
-        Measure(f"AUROC of {name}", f"val_normal_only.{name}", "auroc", 1, "labels")
-        for name in ("knn", "mahalanobis")
+        Measure(f"AUROC of {name}", f"val_normal_only.{of}", "auroc", 1, "labels")
+        for name, of in (("knn", "knn"), ("Mahalanobis", "mahalanobis"))
     ),
     *_spectral("given_labels", "labels"),
     *(

@@ -5,6 +5,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import viridis
 
 from common.study.figures import COLOURS, MARKS, looks, panels, shades, with_legend
 from common.study.results import Estimate, estimate, settings
@@ -22,7 +23,8 @@ def overview(finished):
     widest = max(len(settings(of, lambda e: e.method)) for of in backbones.values())
     how = {"height": 4.2, "width": max(4.0, 0.95 * widest), "sharey": "row"}
     figure, axes = panels(1, len(backbones), **how)
-    shade = shades(finished)
+    proportions = list(shades(finished))
+    shade = dict(zip(proportions, viridis(np.linspace(0.85, 0.1, len(proportions))), strict=True))
     for axis, (backbone, entries) in zip(axes[0], backbones.items(), strict=True):
         axis.axhline(0.5, color="#555555", linestyle="--", linewidth=1, label="chance")
         control = [e.at()["auroc"] for e in entries if e.result["method"] == "random"]
@@ -34,14 +36,13 @@ def overview(finished):
             groups = settings(runs, lambda e: percent(e.proportion))
             for i, (proportion, of) in enumerate(groups.items()):
                 x, found = at + 0.14 * (i - (len(groups) - 1) / 2), estimate(of, "auroc")
-                label = f"trained with {proportion}, its probe"
-                how = {"color": "#0072B2", "alpha": shade[proportion]}
+                label, how = f"its probe, trained with {proportion}", {"color": shade[proportion]}
                 if found.low is not None:
                     axis.plot([x, x], [found.low, found.high], linewidth=1.5, **how)
                 axis.plot(x, np.nan if found.mean is None else found.mean, "o", label=label, **how)
                 knn = [(e.result.get("val_normal_only") or {}).get("knn", {}) for e in of]
                 knn = [scores["auroc"] for scores in knn if scores.get("auroc") is not None]
-                how |= {"color": "#D55E00", "markersize": 5, "fillstyle": "none"}
+                how = {"color": "#D55E00", "markersize": 5, "fillstyle": "none"}
                 label = "normals alone: knn"
                 axis.plot(x, np.mean(knn) if knn else np.nan, "D", label=label, **how)
         names = [name.replace(", ", ",\n") for name in methods]
@@ -53,12 +54,16 @@ def overview(finished):
 
 
 def causes(finished):
-    """What fewer defects in training cost, taken apart; of runs with two proportions or more.
+    """What fewer defects in training cost, taken apart; None where no backbone has two proportions.
 
     AUROC against training proportion; a row a backbone, a column what was kept the same: the
     probe's labels, the number of images (runs with data.subset_size), both, or neither.
     """
-    known = [e for e in finished if e.proportion is not None]
+    of_backbone = settings(finished, lambda e: e.backbone if e.proportion is not None else None)
+    many = (of for of in of_backbone.values() if len({e.proportion for e in of}) > 1)
+    known = [e for of in many for e in of]
+    if not known:
+        return None
     sizes = {False: "own number of images", True: "the same number of images"}
     by_size = settings(known, lambda e: e.run.cfg.data.subset_size is not None)
     columns = [(s, labels) for s in sizes if s in by_size for labels in SPLITS]

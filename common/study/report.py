@@ -21,6 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; p
 h1, h2 { line-height: 1.2; margin-top: 2.5rem }
 .wide { overflow-x: auto } .wide img { max-width: 100%; min-width: 40rem } figure { margin: 1rem 0 }
 nav a { display: inline-block; margin: 0 1rem .2rem 0 } nav { font-size: 14px }
+@media (max-width: 40rem) { nav { white-space: nowrap; overflow-x: auto } }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: left; white-space: nowrap }
 th { position: sticky; top: 0; background: #fff } p, figcaption { max-width: 46rem }
@@ -102,8 +103,7 @@ def write_report(runs, folder, probe="online", draws=0, paper=False):
         why = [f"{name}: {why}" for name, why in missing.items() if why != "queued"]
         raise UserError("\n  ".join(["no run of this grid is finished:", *why]))
     page = Page(folder)
-    notes = NOTES.format(probe=probe)
-    page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.{html.escape(notes)}</p>")
+    page.parts.append(f"<p>{len(finished)} of {len(runs)} runs.</p>")
     for note, n in Counter(e.note for e in finished if e.note).items():
         page.parts.append(f"<p>{n} of these {html.escape(note)}</p>")
 
@@ -162,11 +162,12 @@ def _main_steps(page, main, probe, draws, paper):
         "learned is what lies above the random encoder. The diamonds need no label of a defect.",
         overview(main),
     )
+    yield lambda: page.parts.append(f"<p>{html.escape(NOTES.format(probe=probe))}</p>")
     for split in ("val", "train"):
         yield lambda s=split: page.add_table(tables.performance(main, s, paper))
     yield lambda: page.add_table(tables.probes(main))
     yield lambda: page.add_table(tables.normal_only(main))
-    if len({e.proportion for e in main} - {None}) > 1:
+    if taken_apart := causes(with_variants(main, but=["data.subset_size"])):
         yield lambda: page.add_figure(
             "causes",
             "What fewer defects cost, taken apart",
@@ -174,7 +175,7 @@ def _main_steps(page, main, probe, draws, paper):
             "run pre-trains on fewer, its own probe learns from fewer labels, and the largest "
             "subset of that proportion has fewer images: each column keeps something the same. "
             "Mean over seeds, the band their range.",
-            causes(with_variants(main, but=["data.subset_size"])),
+            taken_apart,
         )
     for backbone, entries in settings(main, lambda e: e.backbone).items():
         name = tables.backbone_name(backbone)
