@@ -1,5 +1,6 @@
 """Datasets over images, and the loaders of a run."""
 
+import gc
 import math
 import multiprocessing
 import os
@@ -121,9 +122,11 @@ def start_iteration(loader):
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # where it starts in between, it unblocks them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    gc.freeze()  # else a fork's first collection writes to, so copies, every page that it shares
     try:
         return iter(loader)
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
