@@ -9,7 +9,7 @@ cleanup() {
     pkill -f "slurmd -f $SLURM_CONF" || true
     pkill -f "slurmctld -f $SLURM_CONF" || true
     pkill -F "$dir/munge.pid" 2>/dev/null || true
-    rm -rf "$dir"
+    rm -rf "$dir" || { sleep 3; rm -rf "$dir"; } # the daemons may still write as they end
 }
 trap cleanup EXIT
 
