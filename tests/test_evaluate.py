@@ -4,7 +4,7 @@ import pytest
 from common.metrics import all_scores
 from common.running.errors import UserError
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
-from common.study.evaluate import StoredScores, draw_subsets, intervals, load_scores
+from common.study.evaluate import StoredScores, draw_subsets, interval, load_scores, resample
 
 NAMES = ("RB", "FS", "OS")  # the last one is rare
 
@@ -17,6 +17,12 @@ def some(n=6000, seed=0):
     classes = rng.random((n, 3)) < np.array([0.6, 0.4, 0.004])
     classes &= (label == 1)[:, None]
     return StoredScores(logit, label, classes, NAMES)
+
+
+def intervals(*args, **options):
+    """{prevalence: {score: (low, high)}}."""
+    found = resample(*args, **options)
+    return {p: {name: interval(drawn) for name, drawn in of.items()} for p, of in found.items()}
 
 
 @pytest.mark.parametrize("prevalence", [0.02, 0.15, 0.6])
@@ -53,10 +59,9 @@ def test_a_drawn_subsets_scores_are_those_of_its_rows(prevalence):
 @pytest.mark.parametrize("prevalence", [None, 0.05])
 def test_intervals_are_percentiles_of_scores_of_rows_drawn_again_and_again(prevalence):
     scores, found = some(700), []
-    order = np.argsort(-scores.logit, kind="stable")
     rng = keyed_rng(BOOTSTRAP, 5)
     for _ in range(8):
-        groups = (order[scores.label[order] == label] for label in (1, 0))
+        groups = (np.flatnonzero(scores.label == label) for label in (1, 0))
         rows = np.concatenate([of[rng.integers(0, len(of), len(of))] for of in groups])
         how = scores.classes[rows], NAMES, prevalence
         found.append(all_scores(scores.logit[rows], scores.label[rows], *how))
@@ -105,6 +110,18 @@ def test_intervals_are_around_the_scores(prevalence):
     for name, (low, high) in found.items():
         assert low < at[name] < high, name
     assert found == intervals(scores, [0.3, prevalence], 99)[prevalence]  # the draws are keyed
+
+
+def test_the_same_images_are_drawn_for_every_run():
+    """So a run that ranks like another has no interval of their difference, and another has."""
+    scores, rng = some(), np.random.default_rng(3)
+    how = scores.label, scores.classes, NAMES
+    alike = StoredScores(scores.logit**3 - 7, *how)
+    other = StoredScores(scores.logit + rng.normal(0, 0.3, 6000), *how)
+    first, same, near = (resample(s, [None], 99)[None]["auroc"] for s in (scores, alike, other))
+    assert np.array_equal(first, same)
+    apart = np.diff(interval(first)) + np.diff(interval(near))
+    assert 0 < np.diff(interval(first - near)) < apart / 3
 
 
 def test_a_draw_in_which_a_score_is_undefined_does_not_count():

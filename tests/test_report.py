@@ -26,6 +26,7 @@ from common.study.results import (
     Estimate,
     Finished,
     collect,
+    difference,
     estimate,
     paper_values,
     with_variants,
@@ -69,7 +70,7 @@ def test_a_complete_grid_gives_every_table_and_figure(complete):
     assert len(runs) == 11 * 2 + 2 * 2 + 10 + 35
     names = {p.name for p in folder.iterdir()}
     tables = ("performance_val", "performance_train", "resolution", "label_free", "subsets")
-    tables += ("matrix", "class_recall", "probes")
+    tables += ("matrix", "class_recall", "probes", "differences")
     assert {f"{t}.{kind}" for t in tables for kind in ("csv", "tex")} <= names
     figures = ("heatmap_resnet18", "heatmap_vit_tiny", "heatmap_resnet18_more", "fig3_augmentation")
     figures += ("f1_by_prevalence", "label_free_over_epochs", "label_free_against_f1", "samples")
@@ -231,6 +232,46 @@ def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
     assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
     (row, _) = performance(finished, "val").rows
     assert row[3] == 3 and str(row[4]) == str(found)
+
+
+def test_pairs_of_runs_are_compared_on_the_same_images(complete):
+    runs, folder = complete
+    rows = read_csv(folder / "differences.csv")
+    assert len(rows) == 2 * (15 + 21 + 6)  # pairs of 6 methods, of 7, and of the 6 that both have
+    at = {"defects in training": "45 %", "this": "simclr, ViT-Tiny", "less this": "mae, ViT-Tiny"}
+    (row,) = [r for r in rows if at.items() <= r.items()]
+    by_name = {f"{e.method}, ViT-Tiny": e for e in collect(runs)[0] if is_main(e, "vit_tiny", 0.45)}
+    one, other = by_name[at["this"]], by_name[at["less this"]]
+    assert float(row["AUROC"]) == one.at()["auroc"] - other.at()["auroc"] and row["seeds"] == "1"
+    drawn = one.resampled("auroc") - other.resampled("auroc")
+    expected = [float(np.percentile(drawn, q)) for q in (2.5, 97.5)]
+    assert [float(row[f"AUROC {end}"]) for end in ("low", "high")] == expected
+
+
+def is_main(entry, backbone, proportion):
+    where = entry.backbone == backbone and entry.proportion == proportion
+    return where and bool({"methods", "random"} & set(entry.run.groups))
+
+
+def test_a_difference_over_seeds_has_a_t_interval_of_those_that_both_have(tmp_path, tiny_set):
+    runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45", "seed=[1, 2, 3]")
+    runs = [run for run in runs if re.match("(simclr|byol)_resnet18", run.name)]
+    runs = [run for run in runs if "methods" in run.groups]
+    for i, run in enumerate(runs):
+        make_up(run, np.random.default_rng(i))
+    finished, _ = collect(runs)
+    one, other = ([e for e in finished if e.method == name] for name in ("simclr", "byol"))
+    by_seed = {e.result["seed"]: e for e in other}
+    values = [a.at()["auroc"] - by_seed[a.result["seed"]].at()["auroc"] for a in one[1:]]
+    low, high = stats.t.interval(0.95, 1, loc=np.mean(values), scale=stats.sem(values))
+    found = difference(one[1:], other[::-1], "auroc")
+    assert (found.mean, found.seeds) == (pytest.approx(np.mean(values)), 2)
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+    assert difference(one[:1], other[1:], "auroc") is None  # no seed in both
+    scores = dataclasses.replace(other[0].scores, label=1 - other[0].scores.label)
+    elsewhere = dataclasses.replace(other[0])
+    elsewhere.__dict__["scores"] = scores  # of other images
+    assert difference(one[:1], [elsewhere], "auroc") is None
 
 
 def test_scores_at_other_prevalences_come_from_what_is_stored(complete):

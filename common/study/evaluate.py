@@ -74,28 +74,31 @@ def load_scores(folder, probe="online"):
     return StoredScores(logit[known], label[known], classes[known].astype(bool), names)
 
 
-def intervals(scores, prevalences, draws, seed=0):
-    """95 % intervals by bootstrap over images, within normals and defects.
+def resample(scores, prevalences, draws, seed=0):
+    """Scores of bootstrap samples of the images, drawn within normals and defects.
 
-    prevalences: to score at, None for that of the data; the same draws serve all. Returns
-    {prevalence: {score: (low, high)}}, without what the data cannot give; a draw in which a score
-    is undefined does not count for it.
+    prevalences: to score at, None for that of the data. Returns {prevalence: {score: (draws,)}},
+    NaN where a draw cannot give one. The same draws serve all prevalences and, of the same images,
+    all runs, so that differences are paired.
     """
-    groups = tuple(map(len, scores.ranking.order))
+    orders = scores.ranking.order
     found = {p: {} for p in prevalences}
-    if not all(groups):
+    if not all(map(len, orders)):
         return found
-    for weights in _resampled(*groups, draws, seed):
-        counts = scores.ranking.count(*weights)
+    for n, weights in enumerate(_resampled(*map(len, orders), draws, seed)):
+        by_rank = (often[order] for often, order in zip(weights, orders, strict=True))
+        counts = scores.ranking.count(*by_rank)
         for p, values in found.items():
             drawn = scores_of(counts, scores.class_names, p)
             for name in WITH_INTERVAL:
                 if drawn[name] is not None:
-                    values.setdefault(name, []).append(drawn[name])
-    return {
-        p: {name: tuple(map(float, np.percentile(v, INTERVAL))) for name, v in values.items()}
-        for p, values in found.items()
-    }
+                    values.setdefault(name, np.full(draws, np.nan))[n] = drawn[name]
+    return found
+
+
+def interval(drawn):
+    """(low, high): 95 % of scores of `resample`; a draw without one does not count."""
+    return tuple(map(float, np.nanpercentile(drawn, INTERVAL)))
 
 
 def draw_subsets(scores, prevalence, draws, seed=0):
@@ -133,7 +136,7 @@ def _among_first(n, shuffled, order):
 # Draws are kept: they are the same at all prevalences, and for all runs with that many images.
 @functools.lru_cache(1)
 def _resampled(n_defect, n_normal, draws, seed):
-    """Draws with replacement: [how often each defect, and each normal, by rank, is in it]."""
+    """Draws with replacement: [how often each defect, and each normal, is in it]."""
     rng = keyed_rng(BOOTSTRAP, seed)
     sizes = [(n_defect, n_normal)] * draws
     return [

@@ -156,7 +156,7 @@ def measures_against_f1(finished):
 def recall_by_class(finished, rows):
     """Recall of each defect class in validation against its images in the training subset.
 
-    rows: of tables.class_recall.
+    rows: of class_recall.
     """
     backbones = list(dict.fromkeys(row[0] for row in rows))
     figure, axes = panels(1, max(len(backbones), 1), sharey="row", height=3.4)

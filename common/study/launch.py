@@ -103,7 +103,8 @@ class Launcher:
     def _finish(self, run, place):
         """Start a run, again where it is worth it."""
         for _ in range(TRIES):
-            say(f"{time.strftime('%H:%M:%S')} {run.name}: {state(run)[0]}, log in {log_path(run)}")
+            how = "starts" if state(run)[0] == "queued" else "goes on"
+            say(f"{time.strftime('%H:%M:%S')} {run.name}: {how}, log in {log_path(run)}")
             before = _written(run.folder / STATUS)
             code = self._start(run, place)
             of_this_start = _written(run.folder / STATUS) != before

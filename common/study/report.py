@@ -10,11 +10,11 @@ from common.running.errors import UserError
 from common.running.keyed import SAMPLE_IMAGES, keyed_rng
 from common.running.progress import Progress, say
 from common.study import figures, tables
+from common.study.classes import class_recall, samples
 from common.study.measures import measures
 from common.study.measures import runs as runs_of_settings
 from common.study.overview import causes, correlations, label_budget, overview
 from common.study.results import collect, paper_values, settings, with_variants
-from common.study.samples import samples
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 0 1rem }
@@ -165,6 +165,7 @@ def _main_steps(page, main, probe, draws, paper):
     yield lambda: page.parts.append(f"<p>{html.escape(NOTES.format(probe=probe))}</p>")
     for split in ("val", "train"):
         yield lambda s=split: page.add_table(tables.performance(main, s, paper))
+    yield lambda: page.add_table(tables.differences(main))
     yield lambda: page.add_table(tables.probes(main))
     yield lambda: page.add_table(tables.normal_only(main))
     if taken_apart := causes(with_variants(main, but=["data.subset_size"])):
@@ -215,7 +216,7 @@ def _main_steps(page, main, probe, draws, paper):
         figures.measures_against_f1(main),
     )
     yield from _choice_steps(page, main)
-    classes = tables.class_recall(main)
+    classes = class_recall(main)
     yield lambda: page.add_figure(
         "recall_by_class",
         "Recall by defect class",

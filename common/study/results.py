@@ -15,7 +15,7 @@ from common.running.errors import UserError
 from common.running.log import LOG, read_log
 from common.running.standing import read_result
 from common.scoring import PREVALENCES
-from common.study.evaluate import intervals, load_scores
+from common.study.evaluate import interval, load_scores, resample
 from common.study.grid import GridRun, state, training_subset
 
 PAPER = Path(__file__).with_name("paper_values.csv")
@@ -53,8 +53,8 @@ class Finished:
         return load_scores(self.run.folder, self.probe)
 
     @functools.cached_property
-    def _intervals(self):
-        return intervals(self.scores, (None, *PREVALENCES), draws=DRAWS)
+    def _resampled(self):
+        return resample(self.scores, (None, *PREVALENCES), draws=DRAWS)
 
     @functools.cached_property
     def _at(self):
@@ -66,7 +66,12 @@ class Finished:
 
     def interval(self, metric, prevalence=None):
         """95 % interval over images of such a score, or (None, None)."""
-        return self._intervals[prevalence].get(metric, (None, None))
+        drawn = self.resampled(metric, prevalence)
+        return (None, None) if drawn is None else interval(drawn)
+
+    def resampled(self, metric, prevalence=None):
+        """(DRAWS,) of such a score, of the same images for every run; None: it has none."""
+        return self._resampled[prevalence].get(metric)
 
     def epochs(self):
         """Records of its log, one an epoch, that have a validation."""
@@ -175,14 +180,37 @@ def estimate(entries, metric, prevalence=None, split="val"):
     known = [(e, s[metric]) for e, s in zip(entries, scores, strict=True) if s[metric] is not None]
     if not known:
         return Estimate(None, None, None, 0)
-    values, n = [v for _, v in known], len(known)
-    mean = float(np.mean(values))
-    if n > 1:
-        t = T_VALUES[n - 2] if n - 2 < len(T_VALUES) else 1.96 + 2.4 / (n - 1)
-        half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
-        return Estimate(mean, mean - half, mean + half, n)
-    low, high = known[0][0].interval(metric, prevalence) if split == "val" else (None, None)
-    return Estimate(mean, low, high, n)
+    if len(known) > 1:
+        return _over_seeds([value for _, value in known])
+    [(entry, value)] = known
+    low, high = entry.interval(metric, prevalence) if split == "val" else (None, None)
+    return Estimate(float(value), low, high, 1)
+
+
+def difference(entries, others, metric):
+    """Estimate of how much higher a validation score of some runs is than of others, by seed.
+
+    Its interval is over the seeds that both have, by t, or of one over images, paired (bootstrap);
+    None where no seed is in both, or they were scored on other images.
+    """
+    by_seed = {e.result["seed"]: e for e in others}
+    pairs = [(e, by_seed[e.result["seed"]]) for e in entries if e.result["seed"] in by_seed]
+    if any(not np.array_equal(a.scores.label, b.scores.label) for a, b in pairs):
+        return None
+    both = [(a, b) for a, b in pairs if None not in (a.at()[metric], b.at()[metric])]
+    values = [a.at()[metric] - b.at()[metric] for a, b in both]
+    if len(values) == 1:
+        a, b = both[0]
+        return Estimate(values[0], *interval(a.resampled(metric) - b.resampled(metric)), 1)
+    return _over_seeds(values) if values else None
+
+
+def _over_seeds(values):
+    """Mean of several with its 95 % interval, by t."""
+    n, mean = len(values), float(np.mean(values))
+    t = T_VALUES[n - 2] if n - 2 < len(T_VALUES) else 1.96 + 2.4 / (n - 1)
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def beside(ours, theirs):

@@ -1,18 +1,13 @@
 """The study's tables, made of finished runs."""
 
+import itertools
+
 import numpy as np
 
-from common.annotations import DEFECT
-from common.metrics import METRICS, THRESHOLD, all_scores
+from common.metrics import METRICS, all_scores
 from common.normal_only import NAMES, OF_RANKING
 from common.study.evaluate import draw_subsets
-from common.study.results import (
-    PREVALENCES,
-    Estimate,
-    beside,
-    estimate,
-    settings,
-)
+from common.study.results import PREVALENCES, Estimate, beside, difference, estimate, settings
 from common.study.table import Table
 
 OF_FIGURE_2 = ("f1", "f2_ciw", "f1_normal")
@@ -152,6 +147,29 @@ def _everything_a_defect(finished, of_paper):
     return row
 
 
+def differences(finished, metrics=("auroc", "average_precision")):
+    """Runs of one training proportion in pairs: methods of a backbone, backbones of a method."""
+    groups, rows = settings(finished, setting), []
+    for (one, entries), (other, others) in itertools.combinations(groups.items(), 2):
+        if one[2] == other[2] and (one[0] == other[0] or one[1] == other[1]):
+            found = [difference(entries, others, metric) for metric in metrics]
+            if any(found):
+                names = [
+                    f"{method}, {backbone_name(backbone)}" for backbone, method, _ in (one, other)
+                ]
+                rows.append([percent(one[2]), *names, max(f.seeds for f in found if f), *found])
+    return Table(
+        "differences",
+        "Which is better, in pairs",
+        "How much higher the first of a pair scores than the second, on clean validation images "
+        f"by the {finished[0].probe} probe, with 95 % intervals: over the seeds that both have "
+        "(t), or of one seed over images, drawn for both alike (bootstrap). An interval across 0 "
+        "leaves open which is better; one over images says nothing of other seeds.",
+        ("defects in training", "this", "less this", "seeds", *map(METRICS.get, metrics)),
+        rows,
+    )
+
+
 def matrix(finished, paper=None):
     """Figures 2, 4 and 5 as numbers: every score at every validation prevalence."""
     rows, of_paper = [], OF_FIGURE_2 if paper else ()
@@ -222,25 +240,5 @@ def resolution(finished, paper=None):
         f"the {finished[0].probe} probe. Minutes: of the whole run with its validations, divided "
         "by its epochs.",
         (*SETTING, "pixels", *_header(["f1"], ["f1"] if paper else ()), "minutes an epoch"),
-        rows,
-    )
-
-
-def class_recall(finished):
-    """Recall of each defect class beside its images in training; a row a run and class."""
-    rows = []
-    for entry in finished:
-        scores, counts = entry.scores, entry.class_counts()
-        called, is_defect = scores.logit >= THRESHOLD, scores.label == DEFECT
-        for c, name in enumerate(scores.class_names):
-            of = scores.classes[:, c] & is_defect
-            recall = float(called[of].mean()) if of.any() else None
-            where = [*in_print(*setting(entry)), entry.result["seed"], name]
-            rows.append([*where, counts.get(name), int(of.sum()), recall])
-    return Table(
-        "class_recall",
-        "Recall by defect class, in numbers",
-        f"The {finished[0].probe} probe on clean validation images.",
-        (*SETTING, "seed", "class", "in training", "in validation", "recall"),
         rows,
     )

@@ -1,14 +1,17 @@
-"""A sheet of sample images by defect class."""
+"""Defect classes: how many of each are found, and what they look like."""
 
 import contextlib
 
 import numpy as np
 
-from common.annotations import NORMAL
+from common.annotations import DEFECT, NORMAL
+from common.metrics import THRESHOLD
 from common.running.errors import ImageError
 from common.store import open_images
 from common.study.figures import panels
 from common.study.grid import annotations
+from common.study.table import Table
+from common.study.tables import SETTING, in_print, setting
 
 
 def samples(data, rng_of):
@@ -43,3 +46,23 @@ def _of_class(splits, name):
             known = name in split.class_names
             of = split.classes[:, split.class_names.index(name)] if known else np.zeros(0)
         yield np.flatnonzero(of)
+
+
+def class_recall(finished):
+    """Recall of each defect class beside its images in training; a row a run and class."""
+    rows = []
+    for entry in finished:
+        scores, counts = entry.scores, entry.class_counts()
+        called, is_defect = scores.logit >= THRESHOLD, scores.label == DEFECT
+        for c, name in enumerate(scores.class_names):
+            of = scores.classes[:, c] & is_defect
+            recall = float(called[of].mean()) if of.any() else None
+            where = [*in_print(*setting(entry)), entry.result["seed"], name]
+            rows.append([*where, counts.get(name), int(of.sum()), recall])
+    return Table(
+        "class_recall",
+        "Recall by defect class, in numbers",
+        f"The {finished[0].probe} probe on clean validation images.",
+        (*SETTING, "seed", "class", "in training", "in validation", "recall"),
+        rows,
+    )
