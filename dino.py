@@ -104,7 +104,7 @@ def teacher_statistics(logits, center, temperature, loss):
     log_q = F.log_softmax((logits - center) / temperature, dim=1)
     entropy = -(log_q.exp() * log_q).sum(dim=1).mean()
     information = torch.special.entr(all_reduce_mean(log_q.exp().mean(dim=0))).sum() - entropy
-    collapsed = information < 0.01 * math.log(len(logits))  # the logarithm is the most it can be
+    collapsed = information < 0.01 * math.log(len(logits))  # the most it can be on one rank
     notes = {"log_num_prototypes": math.log(logits.shape[1]), "teacher_information": information}
     notes |= {"teacher_entropy": entropy, "teacher_student_kl": loss - entropy}
     return notes | {"collapsed": collapsed}

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common.inspection.listing import list_images, share
+from common.inspection.listing import list_images, must_be_new, share
 from common.inspection.marks import fill, write_csv
 from common.inspection.shortcuts import check
 from common.label_table import NOT_CLASSES, normal_name
@@ -202,9 +202,7 @@ def main(argv=None):
     if args.labels:
         fill(args.folder, *paths, args.labels)
     else:
-        there = [path for path in paths if os.path.exists(path)]
-        if there and not args.force:
-            raise UserError(f"{', '.join(there)}: there already; --force overwrites")
+        must_be_new(paths, args.force)
         paths, unusable = make_csvs(args.folder, args.out, args.normal, args.val_share, pattern)
     check(args.folder, paths, halves(pattern))
     if unusable:

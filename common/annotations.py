@@ -2,8 +2,9 @@
 
 `Filename` and `Defect` are needed. `Defect` is 1 (defect), 0 (normal) or empty (not labelled).
 Every other column is a class where at least 95 % of its cells in labelled rows are 0 or 1 (or 0.0,
-1.0, False, True), except `WaterLevel`, `VA`, `ND` and those without a name; a column of anything
-else, such as a date, is ignored. Commas, semicolons and tabs are told apart by the header.
+1.0, False, True), or where its name is that of a Sewer-ML class, except `WaterLevel`, `VA`, `ND`
+and those without a name; a column of anything else, such as a date, is ignored. Commas, semicolons
+and tabs are told apart by the header.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Views of an image: crops in the loader's workers, colour and normalisation on the device.
 
-The worker draws everything that is random about a view from its key (seed, epoch, row, view), crops
+The worker draws what is random about a view from its key (seed, epoch, row, view), crops
 and resizes on uint8, and sends the colour factors along; the device applies them to a whole batch,
 each image with its own factors. Each operation is that of torchvision, image for image.
 Deviation: order of the colour operations: drawn for each step and view, not for each image as by
@@ -74,11 +74,6 @@ class CropViews:
         self.image_size, self.min_scale, self.t_val = image_size, min_scale, t_val
         self.flip_prob, self.num_views, self.seed = flip_prob, num_views, seed
         self.noise_size = noise_size
-
-    def with_seed(self, seed):
-        """The same, drawn from another seed."""
-        how = self.image_size, self.min_scale, self.t_val, self.flip_prob, self.num_views
-        return CropViews(*how, seed, self.noise_size)
 
     def __call__(self, image, epoch, row):
         """(H, W, 3) uint8 array or PIL RGB image, epoch and row, which are the key of every draw.

@@ -4,9 +4,9 @@
 
 All scores are of the same validation set: those of runs by the offline probe, those of the
 thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. "all labels": of a
-regression on all labelled rows of the training CSV, the same for every run: it compares features
-where runs had different numbers of labels. "knn" and "Mahalanobis": of the distance to normal
-training images, which needs no defect.
+regression on all labelled rows of the training CSV (of more than 50,000 a sample), the same for
+every run: it compares features where runs had different numbers of labels. "knn" and "Mahalanobis":
+of the distance to normal training images, which needs no defect.
 """
 
 import argparse

@@ -22,6 +22,11 @@ LOADER_TIMEOUT = 120  # seconds without a batch before a hung worker becomes an 
 SECONDS_AN_IMAGE = 2  # as much for each image of a batch on top, which honest work may take
 
 
+def longest_wait(images):
+    """Seconds that a batch of a rank may take before the run ends, and a rank for the others."""
+    return LOADER_TIMEOUT + SECONDS_AN_IMAGE * images
+
+
 class Batch(NamedTuple):
     """B training images of one rank."""
 
@@ -185,7 +190,7 @@ def make_loader(dataset, num_workers, pin_memory, images, collate_fn=_collate, *
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=pin_memory,
-        timeout=LOADER_TIMEOUT + SECONDS_AN_IMAGE * images if num_workers else 0,
+        timeout=longest_wait(images) if num_workers else 0,
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # its own: the global one must not depend on how often we load
         **how,
@@ -223,8 +228,10 @@ def build_loaders(images, train, train_sampler, crop_views, val, num_workers, de
         batch_sampler=train_sampler,
         persistent_workers=num_workers > 0,
     )
-    if num_workers:
-        say(f"a batch that takes longer than {train_loader.timeout} s ends the run")
+    late = ["a batch"] * (num_workers > 0)
+    late += ["a wait for another rank"] * (train_sampler.world_size > 1)
+    if late:
+        say(f"{' or '.join(late)} of more than {longest_wait(share)} s ends the run")
     val_loader = clean_loader(
         train_images.images, val, val_rows, crop_views.image_size, share, num_workers, pin_memory
     )

@@ -4,6 +4,7 @@ All of them do the obvious thing without a process group, so losses can be calle
 """
 
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,13 @@ from common.running.progress import say
 def world_size():
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def limit_waits(seconds):
+    """From now on a rank that waits longer for the others ends with an error; all ranks call it."""
+    if dist.is_initialized():
+        older = dist.distributed_c10d._set_pg_timeout  # before torch 2.12
+        getattr(dist, "set_timeout", older)(timedelta(seconds=seconds))
 
 
 class _AllGather(torch.autograd.Function):

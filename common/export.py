@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.augmentations import MEAN, STD, ColorJitterNormalize
+from common.inspection.listing import must_be_new
 from common.inspection.trained import Trained
 from common.normal_only import NAMES
 from common.running.errors import UserError
@@ -210,8 +211,7 @@ def main(argv=None):
         raise UserError(f"{args.run}: --onnx holds the probe, and this run has none")
     names = [ENCODER, CARD, *([PROBE] if probe is not None else [])]
     names += [ONNX] if args.onnx else []
-    if there := [str(out / name) for name in names if (out / name).exists() and not args.force]:
-        raise UserError(f"{', '.join(there)}: there already; --force overwrites")
+    must_be_new([out / name for name in names], args.force)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: there is a file of that name, and it should be a folder")
     architecture, how = timm_arguments(trained.config)

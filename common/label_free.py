@@ -1,7 +1,8 @@
 """What features and embeddings tell without labels, and what the rare class's labels add.
 
-All are of fixed images in eval mode, in float64, and compare runs of one method only. Which
-direction is good stands in `common/study/measures.py`. l_k are the eigenvalues of the covariance.
+All are of fixed images in eval mode, in float64, and compare runs of one method only; what cannot
+be told, as of an overflow, is None. Which direction is good stands in `common/study/measures.py`.
+l_k are the eigenvalues of the covariance.
 """
 
 import math
@@ -11,13 +12,10 @@ import torch.nn.functional as F
 
 from common.annotations import DEFECT, NORMAL
 from common.normal_only import AT_ONCE, NEIGHBOURS
-from common.rankme import EPSILON, rankme, singular_values
+from common.rankme import effective_rank, rankme, singular_values
 from common.running.keyed import SLICES, keyed_rng
 
-VIEW_IMAGES, VIEWS = (
-    1000,
-    10,
-)  # of LiDAR: 1,000 x 50 or more x 10 in its paper; 2 views are untested
+VIEW_IMAGES, VIEWS = 1000, 10  # of LiDAR: as its paper, of other sizes; 2 views are untested
 LIDAR_DELTA = 1e-4  # the paper has no number; here of the mean eigenvalue: z's scale must not count
 FEW = 10_000  # rows of which neighbours are searched
 KNOTS, LAST_KNOT, NUM_SLICES = 17, 3.0, 1024  # of SIGReg, as its authors' code
@@ -34,31 +32,33 @@ def label_free(features, embeddings):
     result = {"n": len(features)}
     unit = F.normalize(embeddings.double(), dim=1) * embeddings.shape[1] ** 0.5
     for name, raw, z in (("features", features, features), ("embeddings", embeddings, unit)):
-        z = z.double()
+        z, known = z.double(), bool(raw.isfinite().all())
         result |= {
             **_ranks(name, raw),
-            f"mean_{name}": float(z.mean()),
-            f"std_{name}": float(z.std(dim=0, correction=0).mean()),
+            f"mean_{name}": float(z.mean()) if known else None,
+            f"std_{name}": float(z.std(dim=0, correction=0).mean()) if known else None,
         }
     return {"rankme": result["rankme_embeddings"], **result}
 
 
 def _ranks(name, z):
+    known = bool(z.isfinite().all())
     return {
-        f"rankme_{name}": rankme(z),
-        f"rankme_{name}_centred": rankme(z, centre=True),
+        f"rankme_{name}": rankme(z) if known else None,
+        f"rankme_{name}_centred": rankme(z, centre=True) if known else None,
         f"rankme_{name}_largest": min(z.shape),
     }
 
 
 def spectrum(z):
-    """Measures of the spectrum of centred z, (N, D). Of a z that is all alike they are None.
+    """Measures of the spectrum of centred z, (N, D). None where z is all alike or not finite.
 
     stable_rank: ||Z||_F^2 / ||Z||_2^2; participation_ratio: (sum l)^2 / sum l^2; alpha_req and
     alpha_req_full with the R^2 of their fits, see `power_law`.
     """
     z = z.double()
-    s = singular_values(z - z.mean(dim=0))
+    centred = z - z.mean(dim=0)
+    s = singular_values(centred) if centred.isfinite().all() else torch.zeros(1)
     squares = s.square().sort(descending=True).values
     if not squares[0] > torch.finfo(torch.float32).tiny:
         names = "stable_rank", "participation_ratio", "alpha_req", "alpha_req_full"
@@ -114,8 +114,7 @@ def lidar(views):
     half = torch.linalg.solve_triangular(factor, between, upper=False)
     both = torch.linalg.solve_triangular(factor, half.T, upper=False)
     values = torch.linalg.eigvalsh((both + both.T) / 2).clamp_min(0)
-    p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + EPSILON
-    return float(torch.exp(-(p * p.log()).sum()))
+    return effective_rank(values)
 
 
 def alignment(views):
@@ -140,7 +139,7 @@ def uniformity(z):
 def sigreg(z, num_slices=NUM_SLICES):
     """The SIGReg statistic (arXiv:2511.08544) of standardised z, (n, D): how far from N(0, I).
 
-    About 1 for a Gaussian, and n times larger the further from one; directions are fixed.
+    About .5 for n draws of one, and growing with n the further from it; directions are fixed.
     """
     z = z.double()
     z = z - z.mean(dim=0)
@@ -159,27 +158,29 @@ def sigreg(z, num_slices=NUM_SLICES):
 def of_views(features, embeddings):
     """Measures of views of fixed images. features: (q, n, D), embeddings: (q, n, K).
 
-    SIGReg and uniformity are of the first view alone, alignment and LiDAR of all. None where there
-    are fewer than two images, or an overflow.
+    None where there are fewer than two images, or an overflow.
     """
     result = {"views": len(features), "view_images": features.shape[1], "lidar_delta": LIDAR_DELTA}
-    first = features[0], embeddings[0]
-    for of, z, one in zip(KINDS, (features, embeddings), first, strict=True):
-        defined = len(one) > 1 and bool(z.isfinite().all())
-        for name, measure, of_it in (
-            ("lidar", lidar, z),
-            ("alignment", alignment, z),
-            ("uniformity", uniformity, one),
-            ("sigreg", sigreg, one),
-        ):
-            result[f"{name}_{of}"] = measure(of_it) if defined else None
+    for of, z in zip(KINDS, (features, embeddings), strict=True):
+        known = z.shape[1] > 1 and bool(z.isfinite().all())
+        for name, measure in (("lidar", lidar), ("alignment", alignment)):
+            result[f"{name}_{of}"] = measure(z) if known else None
     return result
 
 
-def of_clean(features, embeddings):
-    """The measures of `spectrum` for both. features: (N, D), embeddings: (N, K)."""
-    named = zip(KINDS, (features, embeddings), strict=True)
-    return {f"{key}_{name}": value for name, z in named for key, value in spectrum(z).items()}
+def of_clean(features, embeddings, few):
+    """The measures of `spectrum` for both, and of the rows `few` uniformity and SIGReg.
+
+    features: (N, D), embeddings: (N, K), few: (n,). Of a pair each, or growing with n, these two
+    are of as many images whatever N is.
+    """
+    result = {}
+    for of, z in zip(KINDS, (features, embeddings), strict=True):
+        result |= {f"{key}_{of}": value for key, value in spectrum(z).items()}
+        known = len(few) > 1 and bool(z[few].isfinite().all())
+        for name, measure in (("uniformity", uniformity), ("sigreg", sigreg)):
+            result[f"{name}_{of}"] = measure(z[few]) if known else None
+    return result
 
 
 def given_labels(features, embeddings, label):
@@ -189,13 +190,16 @@ def given_labels(features, embeddings, label):
     classes' means over the root of the mean variance within a class, summed over dimensions
     (after arXiv:2008.08186, Section 1: variability within classes, against their means); purity:
     share of defects among the NEIGHBOURS nearest (cosine, itself excluded) of a defect, of at most
-    FEW rows; `share`: purity by chance. Where a class has fewer than two there is `undefined`, why.
+    FEW rows; `share`: purity by chance. Where a class has fewer than two, or z has overflown, there
+    is `undefined`, why.
     """
     label = torch.as_tensor(label)
     n_normal, n_defect = int((label == NORMAL).sum()), int((label == DEFECT).sum())
     result = {"n_normal": n_normal, "n_defect": n_defect}
     if min(n_normal, n_defect) < 2:
         return result | {"undefined": "two normal and two defect images are needed"}
+    if not all(z.isfinite().all() for z in (features, embeddings)):
+        return result | {"undefined": "features or embeddings are not finite"}
     result["share"] = n_defect / (n_normal + n_defect)
     for name, z in zip(KINDS, (features, embeddings), strict=True):
         defects, normals = z[label == DEFECT].double(), z[label == NORMAL].double()
@@ -213,7 +217,7 @@ def purity(z, label):
     known = torch.nonzero(label >= 0)[:, 0]
     if len(known) > FEW:
         known = known[torch.linspace(0, len(known) - 1, FEW).long()]
-    unit, defect = F.normalize(z[known].float(), dim=1), label[known] == DEFECT
+    unit, defect = F.normalize(z[known].double(), dim=1), label[known] == DEFECT
     shares = []
     for at in torch.nonzero(defect)[:, 0].split(AT_ONCE):
         similarity = unit[at] @ unit.T

@@ -1,4 +1,4 @@
-"""One annotation CSV as chunks of arrays, checked cell by cell: what `read_annotations` joins."""
+"""One annotation CSV as chunks of arrays, checked cell by cell: for `read_annotations`."""
 
 import csv
 import difflib
@@ -32,8 +32,11 @@ def refuse(path, problems, count=None):
     raise UserError("\n".join(shown))
 
 
-def _read_header(path, file):
-    """(delimiter, column names): the delimiter is the one that finds both columns needed."""
+def read_header(path, file):
+    """(delimiter, column names) of an open CSV, which stands at its start again.
+
+    The delimiter is the one that finds both columns needed, or that one of them that there is.
+    """
     found, needed = [], {"Filename", "Defect"}
     for delimiter in _DELIMITERS:
         file.seek(0)
@@ -203,7 +206,7 @@ def read_table(path):
     The wrong cells stay one list of C lists a chunk.
     """
     with open(regular(path), newline="", encoding="utf-8-sig") as file:
-        delimiter, header = _read_header(path, file)
+        delimiter, header = read_header(path, file)
     _check_header(path, header)
     names = tuple(name for name in header if name not in NOT_CLASSES)
     how = path, delimiter, len(header)

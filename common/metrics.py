@@ -121,11 +121,8 @@ def f2_ciw(predicted, classes, class_names):
     class c; the mean over classes is weighted by CIW. A class without images scores 0 and stays in
     the mean. Returns a float, or None without class columns.
     """
-    if not len(class_names):
-        return None
-    predicted, classes = np.asarray(predicted).astype(bool), np.asarray(classes).astype(bool)
-    hits = classes[predicted].sum(axis=0, dtype=np.int64)
-    return ciw_f2(hits, classes[~predicted].sum(axis=0, dtype=np.int64), 0, class_names)
+    how = np.ones(len(classes)), np.asarray(classes), class_names
+    return all_scores(np.asarray(predicted) - 0.5, *how)["f2_ciw"]
 
 
 def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None):
@@ -133,22 +130,12 @@ def f2_ciw_strict(predicted, classes, class_names, labels=None, prevalence=None)
 
     F2_c = 5 TP_c / (5 TP_c + 4 FN_c + FP), FP the normal images called a defect. labels: (N,) 1, 0
     or -1; None: an image without a class is normal. prevalence: as in binary_scores. Returns a
-    float, or None without class columns, or, at a given prevalence, without defects or normals.
+    float, or None without class columns or defects, or, at a given prevalence, without normals.
     """
-    if not len(class_names):
-        return None
-    predicted, classes = np.asarray(predicted).astype(bool), np.asarray(classes).astype(bool)
-    labels = classes.any(axis=1).astype(int) if labels is None else np.asarray(labels)
-    is_normal, is_defect = labels == 0, labels == 1
-    w_defect = w_normal = 1.0
-    if prevalence is not None:
-        if not is_normal.any() or not is_defect.any():
-            return None
-        w_defect, w_normal = prevalence / is_defect.sum(), (1 - prevalence) / is_normal.sum()
-    tp = w_defect * classes[is_defect & predicted].sum(axis=0, dtype=np.int64)
-    fn = w_defect * classes[is_defect & ~predicted].sum(axis=0, dtype=np.int64)
-    fp = w_normal * int((is_normal & predicted).sum())
-    return ciw_f2(tp, fn, fp, class_names)
+    classes = np.asarray(classes).astype(bool)
+    labels = classes.any(axis=1).astype(int) if labels is None else labels
+    how = labels, classes, class_names, prevalence
+    return all_scores(np.asarray(predicted) - 0.5, *how)["f2_ciw_strict"]
 
 
 def all_scores(logits, labels, classes, class_names, prevalence=None):

@@ -73,7 +73,7 @@ class NormalReference:
         if failed or not covariance.trace() > 0:
             self.why = f"the features of the {n} normal training images are all alike"
             return
-        self._factor, self._unit = factor, F.normalize(self.features, dim=1)
+        self._factor, self._unit = factor, F.normalize(x, dim=1)
 
     def scores(self, features, itself=None):
         """features: (n, D) -> {"knn": (n,) from 0 to 2, "mahalanobis": (n,) of at least 0} float32.
@@ -86,12 +86,12 @@ class NormalReference:
         itself = np.full(len(features), -1) if itself is None else np.asarray(itself)
         knn = [torch.zeros(0)]
         for at in range(0, len(features), AT_ONCE):
-            block, own = features[at : at + AT_ONCE].float(), itself[at : at + AT_ONCE]
+            block, own = features[at : at + AT_ONCE].double(), itself[at : at + AT_ONCE]
             distance = 1 - F.normalize(block, dim=1) @ self._unit.T
             known = np.flatnonzero(own >= 0)
             distance[known, own[known]] = float("inf")
             nearest = distance.topk(NEIGHBOURS, largest=False, sorted=True).values
-            knn.append(nearest.mean(dim=1).clamp_min(0))
+            knn.append(nearest.mean(dim=1).clamp_min(0).float())
         centred = (features.double() - self._mean).T
         whitened = torch.linalg.solve_triangular(self._factor, centred, upper=False)
         return {"knn": torch.cat(knn).numpy(), "mahalanobis": whitened.norm(dim=0).float().numpy()}

@@ -28,6 +28,7 @@ from common.annotations import read_annotations
 from common.augmentations import resize
 from common.data import batches, cores, make_loader
 from common.images import ImageFolder
+from common.inspection.listing import at_least
 from common.running.errors import ImageError, UserError
 from common.running.folder import read_json, write_json
 from common.running.process import entry_point
@@ -204,11 +205,9 @@ def main(argv=None):
     )
     parser.add_argument("--out", required=True, type=path_argument, metavar="DIR")
     parser.add_argument("--form", choices=("jpeg", "raw"), default="jpeg")
-    parser.add_argument("--short-side", type=int, default=SHORT_SIDE, metavar="PX")
-    parser.add_argument("--workers", type=int, default=cores(), metavar="N")
+    parser.add_argument("--short-side", type=at_least(1), default=SHORT_SIDE, metavar="PX")
+    parser.add_argument("--workers", type=at_least(0), default=cores(), metavar="N")
     args = parser.parse_args(argv)
-    if args.short_side < 1 or args.workers < 0:
-        raise UserError("--short-side is at least 1, --workers at least 0")
     tables = [read_annotations(path).filename for path in args.annotations]
     names = np.unique(np.concatenate(tables))
     unreadable = pack(args.image_root, names, args.out, args.form, args.short_side, args.workers)

@@ -4,12 +4,12 @@
         [--threshold P | --recall .95 | --false-alarms .01]
 
 PATHS: images, folders, or one CSV with a column `Filename`. Writes a row an image: file (relative
-to the root that scores.json names), score, probability, decision (defect | normal | unreadable,
-those last). The score is the logit of the run's offline probe, or, where it has none or its
-validation no defect, the distance to the nearest normal training images. The probability is
-calibrated on the run's validation scores and moved to --prevalence, the share of defects that is
-expected among the new images (default: validation's). Stopped, it goes on when the same command is
-given again. Exit code 1: done, but some images, named at the end, cannot be read.
+to the root that scores.json names), score, probability, decision (defect | normal, or empty, as no
+threshold is known; unreadable, those last). The score is the logit of the run's offline probe, or,
+where it has none or its validation no defect, the distance to the nearest normal training images.
+The probability is calibrated on the run's validation scores and moved to --prevalence, the share of
+defects that is expected among the new images (default: validation's). Stopped, it goes on when the
+same command is given again. Exit code 1: done, but some images, named at the end, cannot be read.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common.augmentations import ColorJitterNormalize, resize_squash
 from common.data import batches, cores, make_loader
 from common.distributed import mixed_precision, to_device
 from common.images import ImageFolder
-from common.inspection.listing import at_least, list_images, share
+from common.inspection.listing import at_least, list_images, must_be_new, share
 from common.inspection.scores_file import Part, files_hash, line_of, sidecar, write_scores
 from common.inspection.trained import Scorer, Trained
 from common.label_table import normal_name
@@ -145,9 +145,7 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    there = [str(path) for path in (out, sidecar(out)) if path.exists()]
-    if there and not args.force:
-        raise UserError(f"{', '.join(there)}: there already; --force overwrites")
+    must_be_new([out, sidecar(out)], args.force)
     if out.suffix == ".json" or not out.parent.is_dir():
         raise UserError(f"--out {out}: expected a CSV file in a folder that is there")
     trained = Trained(args.run)

@@ -22,6 +22,12 @@ def singular_values(z):
     return torch.linalg.svdvals(z) if s.min() <= GRAM_HOLDS * s.max() else s
 
 
+def effective_rank(values):
+    """exp of the entropy of values as shares of their sum, a float. values: (n,) of at least 0."""
+    p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + EPSILON
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
 def rankme(z, centre=False):
     """RankMe, Eq. 1 of arXiv:2210.02885: exp of the entropy of the normalised singular values.
 
@@ -29,8 +35,7 @@ def rankme(z, centre=False):
     """
     z = torch.as_tensor(z).detach().double()
     s = singular_values(z - z.mean(dim=0) if centre else z)
-    p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + EPSILON
-    return float(torch.exp(-(p * p.log()).sum()))
+    return effective_rank(s)
 
 
 def embedding_std(embeddings):

@@ -4,7 +4,7 @@
         [--unlabelled train.csv]
 
 Shows the images of a scores.csv of `python -m common.predict` by descending score, or, with --next
-uncertain, those nearest to its threshold first, whose marks teach the most. A slider and a field
+uncertain, those nearest to its threshold first. A slider and a field
 show what a threshold would mean at a prevalence. Marks are kept in the browser and saved as
 labels.csv, for `python -m common.annotate FOLDER --out DIR --labels labels.csv`. --unlabelled: only
 images that this CSV names without a label.
@@ -15,7 +15,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 from common.annotations import UNLABELLED, read_annotations
 from common.images import ImageFolder
-from common.inspection.listing import at_least
+from common.inspection.listing import at_least, must_be_new
 from common.inspection.scores_file import UNREADABLE, read_scores
 from common.running.errors import ImageError, UserError
 from common.running.folder import write_atomically
@@ -106,8 +105,7 @@ def main(argv=None):
     )
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     args = parser.parse_args(argv)
-    if os.path.exists(args.out) and not args.force:
-        raise UserError(f"{args.out}: there already; --force overwrites")
+    must_be_new([args.out], args.force)
     rows, about = read_scores(args.scores)
     only = None
     if args.unlabelled:

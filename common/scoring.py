@@ -3,6 +3,7 @@
 Deviation: validation: on clean images; the study's Tables 1, 3 and 4 are on augmented views.
 """
 
+import copy
 import math
 import os
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ import torch
 from common.annotations import Annotations
 from common.augmentations import ColorJitterNormalize, CropViews
 from common.data import TrainImages, batches, clean_loader, make_loader
-from common.distributed import all_reduce_mean, broadcast_buffers, gather_unpadded
+from common.distributed import all_reduce_mean, broadcast_buffers, gather_unpadded, limit_waits
 from common.label_free import VIEW_IMAGES, VIEWS, given_labels, label_free, of_clean, of_views
 from common.metrics import all_scores, without_values
 from common.normal_only import REFERENCE, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import evaluate, pos_weight
 from common.running.keyed import FEATURE_ROWS, keyed_rng
-from common.running.progress import Progress
+from common.running.progress import Progress, say
 
 PREVALENCES = (0.01, 0.02, 0.05, 0.15, 0.45)  # of the study's grid
 MOST_FEATURES = 25_600  # rows; RankMe's own sample size
+FINAL_LIMIT = 30 * 60  # seconds for rank 0 to fit the offline probes, while the others wait
 OFFLINE_PROBE = "offline_probe.npz"
 VIEW_SEED = 0  # of the fixed views: the same in every run, whatever its seed
 
@@ -92,6 +94,9 @@ class Scoring:
         needed = np.unique(np.concatenate([normals, *(of for of, _ in on.values())]))
         rows, train_features = self._train_features(model, needed)
         views, held_out = self._fixed_views(model, loss_of)
+        if self.world_size > 1:
+            say(f"the other ranks wait for the last scores, at most {FINAL_LIMIT // 60} minutes")
+            limit_waits(FINAL_LIMIT)
         if self.rank != 0:
             return None
         threads = torch.get_num_threads()
@@ -109,7 +114,9 @@ class Scoring:
         distances = reference.scores(features)
         chosen = fixed_rows(len(self.val), MOST_FEATURES)
         of_chosen = features[chosen], embeddings[chosen]
-        measures = measures | of_clean(*of_chosen) | of_views(*views) | {"loss_held_out": held_out}
+        few = np.searchsorted(chosen, fixed_rows(len(self.val), VIEW_IMAGES))
+        measures = measures | of_clean(*of_chosen, few) | of_views(*views)
+        measures["loss_held_out"] = held_out
         minority = given_labels(*of_chosen, self.val.defect[chosen])
         torch.set_num_threads(threads)
         reference.save(Path(folder) / REFERENCE)
@@ -131,13 +138,16 @@ class Scoring:
     def _fixed_views(self, model, loss_of):
         """Augmented views of the first VIEW_IMAGES fixed rows of val, in eval mode.
 
-        Drawn as in training, over as many epochs as give VIEWS. Returns (features (V, n, D),
-        embeddings (V, n, K)), and the mean of the method's loss over whole batches of the run's
-        size, or None.
+        Drawn as in training, over as many epochs as give VIEWS, whatever the batches and ranks.
+        Returns (features (V, n, D), embeddings (V, n, K)), and the mean of the method's loss over
+        whole batches of the run's size, or None. n is 0 where there is no image for each rank.
         """
-        crops, loader, rows = self.crops, self.val_loader, fixed_rows(len(self.val), VIEW_IMAGES)
-        crops = crops.with_seed(VIEW_SEED)
+        loader, rows = self.val_loader, fixed_rows(len(self.val), VIEW_IMAGES)
+        crops = copy.copy(self.crops)
+        crops.seed = VIEW_SEED
         share = len(rows) // self.world_size  # the same for each rank
+        if not share:
+            return [torch.zeros(VIEWS, 0, 1)] * 2, None
         rows = rows[self.rank * share :][:share].tolist()
         size, epochs = max(min(loader.batch_size, share), 1), range(VIEWS // crops.num_views)
         parts = [rows[at : at + size] for at in range(0, share, size)]
@@ -150,7 +160,7 @@ class Scoring:
         progress = Progress(share * len(epochs), "augmented views", unit="images")
         for step, batch in enumerate(batches(make_loader(images, *how, batch_sampler=keys))):
             batch = batch.to(self.device)
-            views = augment(batch.views, batch.factors, step)
+            views = augment(batch.views, batch.factors, step % len(epochs))  # its epoch
             with self.autocast:
                 of_batch = zip(*map(model.encode, views), strict=True)
             for kept, z in zip(encoded, of_batch, strict=True):

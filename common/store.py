@@ -16,12 +16,11 @@ import numpy as np
 from PIL import Image
 
 from common.images import ImageFolder
-from common.running.errors import ImageError, UserError, regular
+from common.running.errors import ImageError, UserError, regular, some
 from common.running.progress import say
 
 FORMAT = 1
 SETTINGS, NAMES, INDEX, IMAGES = "store.json", "names.npy", "index.npy", "images.bin"
-SHOWN = 5  # names in a message
 RECORD = np.dtype(  # of an image; length 0: it could not be read
     [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("crc32", "<u4")]
 )
@@ -50,7 +49,7 @@ class PackedStore:
 
     def __init__(self, path):
         """Raises UserError where the folder is no whole store."""
-        self.path, self._file = Path(path), None
+        self.path, self._file, self._pid = Path(path), None, None
         try:
             self.settings = json.loads(regular(self.path / SETTINGS).read_text(encoding="utf-8"))
             if self.settings["format"] != FORMAT:
@@ -79,7 +78,7 @@ class PackedStore:
         return {"path": self.path, "settings": self.settings, "packed": self.packed}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _file=None)
+        self.__dict__.update(state, _file=None, _pid=None)
         self._open()
 
     def _position(self, name):
@@ -89,13 +88,12 @@ class PackedStore:
         return at if known else None
 
     def _bytes(self, record):
-        if self._file is None:
+        if self._pid != os.getpid():  # a forked worker would share its parent's place in the file
             self._file = open(regular(self.path / IMAGES), "rb")  # noqa: SIM115 (held for life)
-        content, got, start = bytearray(int(record["length"])), 0, int(record["offset"])
-        rest = memoryview(content)
-        while more := os.preadv(self._file.fileno(), [rest[got:]], start + got):
-            got += more  # a network drive may give less than it is asked for
-        if got != len(content) or zlib.crc32(content) != record["crc32"]:
+            self._pid = os.getpid()
+        content = bytearray(int(record["length"]))
+        self._file.seek(int(record["offset"]))
+        if self._file.readinto(content) != len(content) or zlib.crc32(content) != record["crc32"]:
             raise ImageError("damaged since it was packed (its checksum does not fit)")
         return content
 
@@ -166,8 +164,7 @@ def leave_out_unreadable(images, most, *tables):
         return tables
     pairs = list(zip(tables, bad, strict=True))
     named = [table.name(row) for table, rows in pairs for row in np.flatnonzero(rows)]
-    text = f"{count} images that {images.path} lists as unreadable: {', '.join(named[:SHOWN])}"
-    text += f" and {count - SHOWN} more" if count > SHOWN else ""
+    text = f"{count} images that {images.path} lists as unreadable: {some(named)}"
     if count > most:
         raise UserError(f"data.max_bad_images: {most}, but {text}")
     if any(rows.all() for rows in bad):

@@ -176,6 +176,9 @@ def test_separators_and_spellings_stay(classes, tmp_path):
     assert call(classes, "--out", tmp_path, "--labels", tmp_path / "labels.csv") == 0
     text = (tmp_path / "train.csv").read_text()
     assert text == "note;Filename;Defect\na;.\\x.png;1\nb;y.png;True\n"
+    (tmp_path / "train.csv").write_text('Filename;Defect;"notes, a, b, c"\nx.png;;"p, q"\n')
+    assert call(classes, "--out", tmp_path, "--labels", tmp_path / "labels.csv") == 0
+    assert (tmp_path / "train.csv").read_text() == "Filename;Defect;notes, a, b, c\nx.png;1;p, q\n"
 
 
 # ---- shortcuts ----

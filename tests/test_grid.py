@@ -99,7 +99,7 @@ def test_the_grid_of_an_hour_on_a_gpu_has_all_pairs_proportions_and_seeds():
     assert {(r.cfg.method, r.cfg.backbone) for r in methods} == set(PAIRS)
     assert len(methods) == len(PAIRS) * 5 * 3
     groups = Counter(group for run in runs for group in run.groups)
-    more = {"random": 30, "own_size": 6, "lars": 3, "label_free": 24}
+    more = {"random": 30, "own_size": 6, "lars": 3, "label_free": 48}
     assert groups == {"methods": 195} | more
 
 
@@ -236,6 +236,22 @@ def test_the_time_left_comes_from_what_is_finished(tmp_path, tiny_set):
     left = 1 + (images - 3 * batch) / images
     assert TimeLeft(runs).seconds() == (pytest.approx(left * 114), 2, 0)
     assert cost_key(runs[0]) == "simclr resnet18  32 px"
+
+
+def test_unlabelled_images_count_for_whoever_trains_on_them(tmp_path, tiny_set):
+    overrides = [
+        *tiny_set,
+        *TINY,
+        f"run.output_dir={tmp_path}",
+        "data.train_defect_proportion=null",
+    ]
+    configs = ["configs/simclr_r18.yaml", "configs/supervised_r18.yaml"]
+    path = write_grid(tmp_path / "g.yaml", a=group(configs=configs))
+    runs = read_grid(path, overrides)
+    left = TimeLeft(runs)
+    epochs = runs[0].cfg.optimization.epochs
+    assert [left._count(run) / epochs for run in runs] == [64, 56]
+    assert [left._count(run) / epochs for run in runs[::-1]] == [56, 64]
 
 
 def door(*args, **kwargs):

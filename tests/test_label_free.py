@@ -139,15 +139,37 @@ def test_sigreg_tells_a_gaussian_from_others_whatever_scale_and_offset():
 
 def test_measures_of_views_and_of_clean_images_are_named_by_what_they_are_of():
     h, z = torch.randn(3, 40, 12), torch.randn(3, 40, 6)
-    found = of_views(h, z)
+    found, few = of_views(h, z), torch.tensor([1, 5, 8])
     assert (found["views"], found["view_images"]) == (3, 40)
     assert found["lidar_features"] == lidar(h) and found["lidar_embeddings"] == lidar(z)
-    assert found["uniformity_embeddings"] == uniformity(z[0])
-    clean = of_clean(h[0], z[0])
+    clean = of_clean(h[0], z[0], few)
+    assert clean["uniformity_embeddings"] == uniformity(z[0, few])
+    assert clean["sigreg_features"] == sigreg(h[0, few])
     assert clean["stable_rank_features"] == spectrum(h[0])["stable_rank"]
     assert clean["alpha_req_embeddings"] == spectrum(z[0])["alpha_req"]
-    z[1, 3, 2] = math.inf
-    assert of_views(h, z)["lidar_embeddings"] is None is of_views(h[:, :1], z)["sigreg_features"]
+    assert of_views(h[:, :1], z)["lidar_features"] is None
+    assert of_views(h[:, :0], z[:, :0])["view_images"] == 0
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_overflow_gives_none_and_ends_nothing(value):
+    h, z = torch.randn(3, 40, 12), torch.randn(3, 40, 6)
+    z[:, 3, 2] = value
+    few, label = torch.arange(10), torch.arange(40) % 2
+    found = label_free.label_free(h[0], z[0]) | of_views(h, z) | of_clean(h[0], z[0], few)
+    of = {key: v for key, v in found.items() if "embeddings" in key and "largest" not in key}
+    assert len(of) == 14 and set(of.values()) == {None} and found["rankme"] is None
+    others = [v for key, v in found.items() if "features" in key]
+    assert len(others) == 15 and None not in others
+    assert "not finite" in given_labels(h[0], z[0], label)["undefined"]
+
+
+def test_neighbours_of_nearly_collapsed_features_are_found():
+    """What is common to all images must not drown, in rounding, what tells them apart."""
+    x = torch.randn(60, 64, dtype=torch.float64)
+    x[1::2, :32] += 3
+    near = torch.full((64,), 5.0, dtype=torch.float64) + 1e-5 * x
+    assert purity(near, torch.arange(60) % 2) == 1
 
 
 def test_purity_is_the_share_of_defects_next_to_a_defect(monkeypatch):

@@ -111,6 +111,8 @@ def test_folders_files_and_names(folder, tmp_path):
     (tmp_path / "list.csv").write_text("x;Filename\n1;a\\01.png\n2;./07.png\n\n3;07.png\n")
     root, names, *_ = list_images([str(tmp_path / "list.csv")], str(folder))
     assert (root, names.tolist()) == (str(folder), [b"a/01.png", b"07.png"])
+    (tmp_path / "list.csv").write_text('Filename;"notes, a, b, c"\n07.png;"x, y"\n')
+    assert list_images([str(tmp_path / "list.csv")], str(folder))[1].tolist() == [b"07.png"]
     bad = (
         ([str(folder / "none.png")], None, "none.png: no such file"),
         ([str(folder)], str(folder / "a"), "not below --image-root"),

@@ -13,13 +13,16 @@ from scipy import stats
 from small import make_narrow, make_up, read_log
 from small import run as trained
 
+import lejepa
 from common.metrics import at_prevalence
+from common.running.config import read_config
 from common.running.errors import UserError
 from common.running.folder import read_json, write_json
 from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
 from common.study.grid import read_grid
 from common.study.measures import MEASURES, measures, rank_correlations, scaled_loss, target
+from common.study.measures import runs as runs_of_settings
 from common.study.overview import causes, correlations, label_budget, overview
 from common.study.report import write_report
 from common.study.results import (
@@ -284,15 +287,38 @@ def test_scores_at_other_prevalences_come_from_what_is_stored(complete):
     assert sum(entry.class_counts().values()) > 0
 
 
-@pytest.mark.parametrize("n", [3, 10, 60])
+@pytest.mark.parametrize("n", [3, 5, 6, 10, 60])
 def test_rank_correlations_are_the_librarys(n):
     rng = np.random.default_rng(n)
     x, y = rng.permutation(n) // 2, rng.integers(0, 8, n) + rng.random(n).round(1)
     rho, tau, regret = rank_correlations(x, y)
     assert rho.mean == pytest.approx(stats.spearmanr(x, y)[0])
     assert tau.mean == pytest.approx(stats.kendalltau(x, y)[0])
-    assert -1 <= rho.low <= rho.mean <= rho.high <= 1 and tau.low < tau.high
-    assert regret == y.max() - y[np.argmax(x)]
+    if n < 6:  # too few to know how sure one is
+        assert (rho.low, rho.high, tau.low, tau.high) == (None,) * 4
+    else:
+        assert -1 <= rho.low <= rho.mean <= rho.high <= 1 and tau.low < tau.high
+    assert regret == pytest.approx(
+        y.max() - np.mean([b for a, b in zip(x, y, strict=True) if a == max(x)])
+    )
+
+
+def test_the_order_of_runs_decides_nothing():
+    assert rank_correlations([2, 2, 1], [0.1, 0.9, 0.2])[2] == pytest.approx(0.4)
+    assert rank_correlations([2, 2, 1], [0.9, 0.1, 0.2])[2] == pytest.approx(0.4)
+    assert rank_correlations([2, 1], [0.5, 0.4], best=0.9)[2] == pytest.approx(0.4)
+
+
+def test_seeds_of_a_setting_are_drawn_together():
+    """Three equal seeds of each of eight settings tell no more than the eight."""
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(2, 8))
+    once, of_seeds = rank_correlations(x, y), [np.repeat(v, 3) for v in (x, y, np.arange(8))]
+    for one, thrice in zip(once, rank_correlations(*of_seeds), strict=True):
+        values = [(v.mean, v.low, v.high) if isinstance(v, Estimate) else v for v in (one, thrice)]
+        assert values[0] == pytest.approx(values[1])
+    apart = rank_correlations(*of_seeds[:2])[0]
+    assert apart.high - apart.low < 0.8 * (once[0].high - once[0].low)
 
 
 def test_the_interval_of_a_correlation_is_the_bootstraps():
@@ -354,17 +380,47 @@ def test_a_measure_counts_within_a_method_and_pooling_misleads(tmp_path, tiny_se
 def test_every_measure_of_a_run_is_in_the_table(tmp_path, tiny_set):
     make_narrow()
     try:
-        folder = trained("barlow", tmp_path, tiny_set, "real")
+        folder = trained("lejepa", tmp_path, tiny_set, "real")
     finally:
         make_narrow(False)
-    cfg = SimpleNamespace(ssl_settings=SimpleNamespace(lambda_=0.5))
-    entry = Finished(SimpleNamespace(folder=folder, cfg=cfg), read_json(folder / "result.json"), "")
-    rows = {row[2]: row for row in measures([entry]).rows}
-    assert {m.name for m in MEASURES} <= set(rows) and target(entry) is not None
+    cfg = read_config(lejepa.Config, folder / "config.yaml", [])
+    of = [dataclasses.replace(cfg, seed=seed) for seed in (1, 2)]
+    of.append(
+        dataclasses.replace(cfg, ssl_settings=dataclasses.replace(cfg.ssl_settings, lambda_=0.5))
+    )
+    of.append(
+        dataclasses.replace(cfg, augmentation=dataclasses.replace(cfg.augmentation, t_val=0.7))
+    )
+    result = read_json(folder / "result.json")
+    entries = [Finished(SimpleNamespace(folder=folder, cfg=c), result, "") for c in of]
+    rows = {row[2]: row for row in measures(entries).rows}
+    assert {m.name for m in MEASURES} <= set(rows) and target(entries[0]) is not None
     loss = read_log(folder, "epoch")[-1]["loss"]
-    (found,) = (m.goodness(entry) for m in MEASURES if m.name == "training loss")
-    assert found == -loss and scaled_loss(entry) == pytest.approx(-loss / 0.5**0.4)
-    assert rows["training loss / lambda^0.4"][3:5] == ["nothing", 1]
+    (found,) = (m.goodness(entries[0]) for m in MEASURES if m.name == "training loss")
+    assert found == -loss and scaled_loss(entries[2]) == pytest.approx(-loss / 0.5**0.4)
+    assert rows["training loss / lambda^0.4"][3:5] == ["nothing", 4]
+    apart = {name: row[4] for name, row in rows.items() if name.endswith("of one augmentation")}
+    assert len(apart) == 7 and set(apart.values()) == {3}  # LiDAR, alignment, losses
+    assert apart.keys() >= {
+        "training loss, of one augmentation",
+        "LiDAR, features, of one augmentation",
+    }
+    assert not any("lambda" in row[2] for row in measures(entries[:2]).rows)  # fixed, it is void
+    (row,) = runs_of_settings(entries[:1]).rows
+    named = dict(zip(runs_of_settings(entries[:1]).header, row, strict=True))
+    steps = [r for r in read_log(folder, "step") if r["epoch"] == result["epochs"] - 1]
+    assert named["sigreg"] == pytest.approx(np.mean([r["diagnostics"]["sigreg"] for r in steps]))
+
+
+def test_a_measure_that_the_best_run_lacks_does_not_look_perfect(tmp_path, tiny_set):
+    def change(result, i):
+        result["val_offline_fixed"]["average_precision"] = 0.9 - i % 5 / 10
+        result["label_free"]["lidar_features"] = None if i % 5 == 0 else 10.0 - i % 5
+
+    rows = {(r[1], r[2]): r[4:] for r in measures(of_label_free(tmp_path, tiny_set, change)).rows}
+    n, rho, _, regret = rows["simclr", "LiDAR, features"]
+    assert (n, rho.mean, regret) == (4, pytest.approx(1), pytest.approx(0.1))
+    assert ("simclr", "a run of the most epochs") not in rows  # all ran as long
 
 
 def test_the_papers_values_are_complete_and_consistent():

@@ -7,10 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.label_table import normal_name, refuse
+from common.label_table import normal_name, read_header, refuse
 from common.running.errors import UserError, regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of images in a folder
+
+
+def must_be_new(paths, force):
+    """Raises UserError naming those that are there, unless --force was given."""
+    there = [str(path) for path in paths if os.path.exists(path)]
+    if there and not force:
+        raise UserError(f"{', '.join(there)}: there already; --force overwrites")
 
 
 def share(text):
@@ -93,18 +100,17 @@ def _names(path):
     found, refused = {}, []
     try:
         with open(regular(path), newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            delimiter = max(",;\t", key=head.count)
-            header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+            delimiter, header = read_header(path, file)
             if "Filename" not in header:
                 raise UserError(f"{path}: column 'Filename' is missing")
             column, reader = header.index("Filename"), csv.reader(file, delimiter=delimiter)
+            next(reader)
             for row in reader:
                 try:
                     if row:
                         found[normal_name(row[column] if column < len(row) else "")] = None
                 except ValueError as why:
-                    refused.append((reader.line_num + 1, str(why)))
+                    refused.append((reader.line_num, str(why)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED, read_annotations
+from common.label_table import read_header
 from common.running.errors import UserError, some
 from common.running.folder import write_atomically
 from common.running.progress import say
@@ -53,19 +54,14 @@ def fill(folder, train_csv, val_csv, labels_csv):
         )
     in_val = [val.name(i) for i in range(len(val)) if val.name(i) in marks]
     unknown = set(marks).difference(map(train.name, range(len(train))), in_val)
-    for found, why in (
-        (in_val, f"are of {val_csv}: labels of validation must not depend on scores"),
-        (
-            sorted(unknown),
-            f"are of images that {train_csv} does not name: score them from its root",
-        ),
-    ):
+    of_val = f"are of {val_csv}: labels of validation must not depend on scores"
+    of_others = f"are of images that {train_csv} does not name: score them from its root"
+    for found, why in ((in_val, of_val), (sorted(unknown), of_others)):
         if found:
             raise UserError(f"{labels_csv}: {len(found)} marks {why}: {some(found)}")
     with open(train_csv, newline="", encoding="utf-8-sig") as file:
+        delimiter, _ = read_header(train_csv, file)
         text = file.read()
-    head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
     header, *rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
     columns = {name.strip(): i for i, name in enumerate(header)}
     filled, other = 0, []

@@ -8,11 +8,10 @@ import csv
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 from common.running.errors import UserError, regular
-from common.running.folder import read_json, write_json
+from common.running.folder import atomically, read_json, write_json
 
 COLUMNS = ("file", "score", "probability", "decision")
 DEFECT, NORMAL, UNREADABLE = "defect", "normal", "unreadable"  # decisions
@@ -96,8 +95,8 @@ def write_scores(out, filename, lines, probability, threshold, about):
     filename: (N,) bytes; lines: as in a Part; probability: score -> number, or None; threshold: the
     score from which on an image is flagged, or None; about: more for the JSON.
     """
-    bad, flagged, new = {}, 0, f"{out}.new"
-    with open(new, "w", newline="", encoding="utf-8") as file:
+    bad, flagged = {}, 0
+    with atomically(out, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for name, line in zip(filename, lines, strict=True):
@@ -112,12 +111,9 @@ def write_scores(out, filename, lines, probability, threshold, about):
             shown = "" if probability is None else f"{float(probability(score)):.6g}"
             writer.writerow([name, line.rstrip("\n"), shown, decision])
         writer.writerows([name, "", "", UNREADABLE] for name in bad)
-        file.flush()
-        os.fsync(file.fileno())
-    counts = {"images": len(lines), "unreadable": len(bad)}
-    counts["flagged"] = flagged if threshold is not None else None
-    write_json(sidecar(out), about | {"counts": counts, "unreadable": bad})
-    os.replace(new, out)
+        counts = {"images": len(lines), "unreadable": len(bad)}
+        counts["flagged"] = flagged if threshold is not None else None
+        write_json(sidecar(out), about | {"counts": counts, "unreadable": bad})
     return bad
 
 

@@ -15,7 +15,7 @@ import torch
 from common.annotations import UNLABELLED, read_annotations
 from common.augmentations import resize_squash
 from common.images import ImageFolder, identify, read_image
-from common.metrics import all_scores
+from common.metrics import binary_scores
 from common.offline_probe import apply_probe, offline_probe
 from common.running.errors import ImageError
 from common.running.keyed import CUE_SAMPLE
@@ -89,11 +89,7 @@ def cue_auroc(fit, fit_defect, on, on_defect):
     n = np.bincount(place(fit), minlength=BINS + 1)
     n_defect = np.bincount(place(fit), fit_defect, minlength=BINS + 1)
     share = (n_defect + fit_defect.mean()) / (n + 1)
-    return _auroc(share[place(on)], on_defect)
-
-
-def _auroc(scores, defect):
-    return all_scores(scores, defect, np.zeros((len(defect), 0)), ())["auroc"]
+    return binary_scores(share[place(on)], on_defect)["auroc"]
 
 
 def check(folder, csvs, half):
@@ -143,9 +139,8 @@ def report(fit, on):
         values = [np.array([c[name] for c in cues], float) for cues in (fit_cues, on_cues)]
         found[name] = cue_auroc(values[0], y, values[1], t)
     weight, _ = offline_probe(fit_pixels, y, float((y == 0).sum() / (y == 1).sum()), 0)
-    found["16x16 thumbnails"] = (
-        None if weight is None else _auroc(apply_probe(weight, on_pixels).numpy(), t)
-    )
+    logits = None if weight is None else apply_probe(weight, on_pixels).numpy()
+    found["16x16 thumbnails"] = None if weight is None else binary_scores(logits, t)["auroc"]
     text = {k: "-" if v is None else f"{v:.2f}" for k, v in found.items()}
     print(f"how well defects are told on {len(t)} images ({(t == 1).sum()} defects), AUROC:")
     print("  by the file: " + ", ".join(f"{k} {text[k]}" for k in OF_FILE))

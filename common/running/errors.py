@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
+"""Errors that are told in one clear sentence, without a traceback: of the user, or the machine."""
 
 import errno
 import os
@@ -11,7 +11,10 @@ REMEDY = "Lower optimization.lr, or use optimization.precision=bf16 or fp32"  # 
 
 
 class UserError(Exception):
-    """Names the file, key or row and what is allowed. `one_rank`: only this rank knows of it."""
+    """The user's to mend, exit code 2: names the file, key or row and what is allowed.
+
+    `one_rank`: only this rank knows of it.
+    """
 
     one_rank = False
 

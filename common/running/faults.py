@@ -13,6 +13,7 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
 SHARED_MEMORY = ("shared memory", "Bus error", "(shm)")
 DEAD = ("is killed by signal", "exited unexpectedly")  # torch's words of a loader's worker
+TIMED_OUT = ("Timed out waiting", "timed out")  # gloo's words
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -51,6 +52,11 @@ def explain(error):
         told = FaultError(
             f"a loader worker has died ({text[:120] or 'in the midst of a batch'}). Where memory "
             "ran out: lower data.num_workers, or give the job more"
+        )
+    elif isinstance(error, RuntimeError) and any(part in text for part in TIMED_OUT):
+        told = FaultError(
+            f"another rank hangs, or is gone: this one has waited for it in vain ({text[:120]}). "
+            "The same command goes on from the last checkpoint"
         )
     elif isinstance(error, MemoryError) or any(part in text for part in NO_MEMORY):
         told = UserError(

@@ -33,22 +33,30 @@ def read_arrays(path):
         raise UserError(f"{path}: cannot be read ({why})") from None
 
 
-def write_atomically(path, text):
-    """text to a file that is either the old one or the new one, whenever it is read."""
+@contextlib.contextmanager
+def atomically(path, newline=None):
+    """A text file to write to, which in the end takes the place of the old one, or is not there."""
     path = Path(path)
     rank = os.environ.get("RANK", "0")  # another may write the same file at the same time
     new = path.with_name(f"{path.name}.new{'' if rank == '0' else rank}")
     try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(new, "w", encoding="utf-8", newline=newline) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as error:
-        error.filename = error.filename or os.fspath(new)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or os.fspath(new)
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path, text):
+    """text to a file that is either the old one or the new one, whenever it is read."""
+    with atomically(path) as file:
+        file.write(text)
 
 
 def write_json(path, content):
@@ -66,7 +74,7 @@ def read_json(path):
 
 
 def write_status(folder, state, why=None, retryable=None, **more):
-    """state: queued, running, preempted, failed or finished."""
+    """state: running, preempted, failed or finished."""
     content = {"state": state, "why": why, "retryable": retryable}
     content |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), **more}
     write_json(Path(folder) / STATUS, {k: v for k, v in content.items() if v is not None})

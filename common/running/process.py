@@ -26,7 +26,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that a rank h
 DONE, USER_ERROR, FAULT, STOPPED = 0, 2, 3, 75  # exit codes
 SECONDS_FOR_OTHER_RANKS = 120
 SECONDS_BETWEEN_MEETINGS = 5  # at most, while steps take what they took
-GROUP_TIMEOUT = timedelta(minutes=30)  # rank 0 may fit the offline probe for minutes
+START_TIMEOUT = timedelta(minutes=10)  # of a collective until the first step is done
 
 
 class Stopped(SystemExit):
@@ -72,7 +72,7 @@ def start_process(seed, deterministic):
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=START_TIMEOUT)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +35,7 @@ def add(folder, cfg, place, step, data_sha, init_sha=None):
     with contextlib.suppress(OSError):  # no git on this machine
         commit = _git("rev-parse", "HEAD").decode().strip() or None
         modified = bool(_git("status", "--porcelain", "-uno")) if commit else None
-        diff = _git("diff", "--no-ext-diff", "--no-color", "HEAD", most=LARGEST_DIFF + 1)
+        diff = _git("diff", "--no-ext-diff", "--no-color", "HEAD")
     if len(diff) > LARGEST_DIFF:
         diff = diff[:LARGEST_DIFF]
         say(f"{folder / DIFF}: cut at 1 MB, git diff HEAD is longer")
@@ -68,13 +67,10 @@ def add(folder, cfg, place, step, data_sha, init_sha=None):
     write_json(folder / PROVENANCE, start | {"earlier_starts": earlier})
 
 
-def _git(*words, most=-1):
-    """What git prints in this project's folder: at most that many bytes; none where it fails."""
-    how = {"cwd": Path(__file__).parent, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(["git", *words], **how) as git:
-        said = git.stdout.read(most)
-        git.stdout.close()  # ends a git that has more to say
-    return said if git.returncode in (0, -signal.SIGPIPE) else b""
+def _git(*words):
+    """What git prints in this project's folder, as bytes; none where it fails."""
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True)
+    return done.stdout if done.returncode == 0 else b""
 
 
 def _running_script(cfg):

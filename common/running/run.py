@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common.annotations import count_labels, subset_text
-from common.data import batches
-from common.distributed import all_reduce_mean, all_reduce_means
+from common.data import batches, longest_wait
+from common.distributed import all_reduce_mean, all_reduce_means, limit_waits
 from common.rankme import embedding_std, is_collapsed
 from common.running import checkpoint, provenance, standing
 from common.running import folder as files
@@ -30,10 +30,7 @@ from common.scoring import summary
 
 
 class Run:
-    """Use `Run.start(cfg)`. rank, world_size and device say where this process stands.
-
-    The only helper that sees a config: to name the folder, record it and read `cfg.run`.
-    """
+    """Use `Run.start(cfg)`. rank, world_size, device: where this process stands."""
 
     @classmethod
     def start(cls, cfg):
@@ -133,6 +130,7 @@ class Run:
         loss: this rank's; probe_loss: the same on all ranks; rates: learning rates by name.
         views: (V, B, 3, S, S), shown once; embeddings: (V, B, K).
         """
+        limit_waits(longest_wait(self.cfg.optimization.batch_size // self.world_size))
         if self.step == 0 and self.is_first:
             self.log.show_views(views)
         self._guard.after_step(loss)

@@ -23,7 +23,7 @@ import yaml
 
 from common.running.errors import CONTROL, ConfigError, listed, regular
 
-LARGEST_FILE = 65536  # bytes; no config comes near it
+LARGEST_FILE = 65536  # characters; no config comes near it
 NO_CONTROL = "holds a control character, such as a line break, which no path and no name may"
 
 FilePath = typing.NewType("FilePath", str)  # text in which a leading `~` is expanded

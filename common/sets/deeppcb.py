@@ -31,6 +31,7 @@ from common.running.errors import UserError
 from common.running.folder import write_atomically
 from common.running.process import entry_point
 from common.running.progress import Progress
+from common.running.schema import path_argument
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pinhole")  # types 1 to 6
 HEADER = ("Filename", *CLASSES, "Defect", "group")
@@ -155,8 +156,10 @@ def cut(root, out):
 def main(argv=None):
     """Command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("root", metavar="PCBData", help="that folder of a clone of DeepPCB")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "root", type=path_argument, metavar="PCBData", help="that folder of a clone of DeepPCB"
+    )
+    parser.add_argument("--out", required=True, type=path_argument, metavar="DIR")
     args = parser.parse_args(argv)
     for name, text in cut(args.root, args.out).items():
         defect = [line.split(",")[-2] for line in text.splitlines()[1:]]

@@ -74,19 +74,16 @@ def report(runs, args):
 
 
 def _count(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
     parser.add_argument("command", choices=["plan", "run", "status", "report"])
     parser.add_argument("--grid", type=path_argument, default=GRID, metavar="FILE.yaml")
-    parser.add_argument(
-        *("--jobs",), type=_count, default=1, help="runs at a time, each with its own GPU"
-    )
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, spread over GPUs")
     parser.add_argument("--nproc", type=_count, default=1, help="processes (GPUs) a run")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
     parser.add_argument(
@@ -104,9 +101,7 @@ def main(argv=None):
     parser.add_argument(
         "--draws", type=_count, default=0, metavar="N", help="report: also draw N real subsets each"
     )
-    parser.add_argument(
-        *("--paper",), action="store_true", help="report: the paper's values beside any images"
-    )
+    parser.add_argument("--paper", action="store_true", help="report: beside the paper's values")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -115,7 +110,7 @@ def main(argv=None):
             runs = [r for r in runs if any(fnmatch.fnmatch(r.name, o) for o in args.only)]
         if not runs:
             asked = (
-                f"no run is named {' '.join(args.only)}" if args.only else "groups: no run in them"
+                f"no run is named {' '.join(args.only)}" if args.only else "no run in its groups"
             )
             raise UserError(f"{args.grid}: {asked}")
         {"plan": plan, "run": run, "status": status, "report": report}[args.command](runs, args)

@@ -1,10 +1,13 @@
 """What the rest of a grid will take: seconds an image of runs that cost as much, times images."""
 
+from common.annotations import UNLABELLED
 from common.running.errors import UserError
 from common.running.folder import RESULT, read_json
 from common.running.log import LOG, read_log
 from common.running.progress import clock
 from common.study.grid import state, training_subset
+
+SUPERVISED = "supervised"  # trains on what has a label alone
 
 
 def cost_key(run):
@@ -16,9 +19,9 @@ def cost_key(run):
 
 def data_key(run):
     """Runs of one key, whatever their seeds, train on as many images an epoch."""
-    data = run.cfg.data
+    data, of_labels = run.cfg.data, run.cfg.method == SUPERVISED
     what = data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
-    return *what, data.labels
+    return *what, data.labels, of_labels
 
 
 class TimeLeft:
@@ -64,7 +67,9 @@ class TimeLeft:
         key = data_key(run)
         if key not in self._images:  # of no finished run: the CSV has to be read
             try:
-                self._images[key] = len(training_subset(run)[1])
+                train, rows = training_subset(run)
+                known = train.defect[rows] != UNLABELLED
+                self._images[key] = int(known.sum()) if run.cfg.method == SUPERVISED else len(rows)
             except UserError:
                 return None
         return self._images[key] * run.cfg.optimization.epochs

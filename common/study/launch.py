@@ -1,4 +1,4 @@
-"""Start the runs of a grid: here, one after another or one a GPU, or through Slurm."""
+"""Start the runs of a grid here: one after another, or some at a time, spread over the GPUs."""
 
 import contextlib
 import os

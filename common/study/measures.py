@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.label_free import KINDS
+from common.running.config import identity
 from common.running.keyed import MEASURE_DRAWS, keyed_rng
-from common.study.results import Estimate, settings
+from common.study.results import Estimate, flat, settings
 from common.study.table import Table
 from common.study.tables import backbone_name
 
 DRAWS = 500  # of the bootstrap over runs
+FEWEST = 6  # settings: of fewer a bootstrap finds certainty in what is chance
 RANK_CORRELATIONS = ("Spearman", "Kendall")
 CONTROLS = ("random", "pretrained")  # encoders that were not trained here
 SCALED = 0.4  # LeJEPA's loss over lambda to this power is what its paper correlates with accuracy
@@ -25,7 +27,8 @@ class Measure:
     part: str  # of result.json, or `log`: of the last epoch's record
     key: str
     good: int = 1  # 1: high, -1: low, 0: near 1
-    needs: str = ""  # "": nothing; normals: labels of normal ones; labels: of both
+    needs: str = ""  # "": nothing; labels: of normals and defects
+    of_views: bool = False  # of the run's own augmentation: to be compared where that is the same
 
     def of(self, entry):
         """The value of a Finished run, or None. A RankMe is a share of the largest it could be."""
@@ -62,21 +65,22 @@ def _spectral(part, needs=""):
             yield Measure(f"{name}, {kind}{whose}", part, key, good, needs)
 
 
+VIEWED = ("lidar", "alignment")
 MEASURES = (
     *_spectral("label_free"),
+    Measure("std, embeddings", "label_free", "std_embeddings"),  # features have a scale
     *(
-        Measure(f"{name}, {kind}", "label_free", f"{key}_{kind}", good)
+        Measure(f"{name}, {kind}", "label_free", f"{key}_{kind}", good, of_views=key in VIEWED)
         for kind in KINDS
         for key, name, good in (
-            ("std", "std", 1),
             ("lidar", "LiDAR", 1),
             ("alignment", "alignment", -1),
             ("uniformity", "uniformity", -1),
             ("sigreg", "SIGReg", -1),
         )
     ),
-    Measure("training loss", "log", "loss", -1),
-    Measure("loss on held-out views", "label_free", "loss_held_out", -1),
+    Measure("training loss", "log", "loss", -1, of_views=True),
+    Measure("loss on held-out views", "label_free", "loss_held_out", -1, of_views=True),
     *(
         Measure(f"AUROC of {name}", f"val_normal_only.{of}", "auroc", 1, "labels")
         for name, of in (("knn", "knn"), ("Mahalanobis", "mahalanobis"))
@@ -115,97 +119,124 @@ def measures(finished, name="label_free"):
     """Each measure's rank correlation with the score, and the regret of picking by it."""
     rows = []
     for (backbone, method), entries in groups_of(finished).items():
-        scores = np.array([target(e) for e in entries])
         where = [backbone_name(backbone), method]
-        longest = max(e.result["epochs"] for e in entries)
-        last = scores[[e.result["epochs"] == longest for e in entries]]
-        for pick, regret in (
-            ("a run at random", scores.max() - scores.mean()),
-            ("the last epoch: a run of the most", scores.max() - last.mean()),
-        ):
-            regret = float(regret) if len(scores) > 1 else None
-            rows.append([*where, pick, "", len(scores), None, None, regret])
-        found = [(m.name, m.needs, [m.goodness(e) for e in entries]) for m in MEASURES]
-        if method != "pooled":
-            scaled = f"training loss / lambda^{SCALED:g}"
-            found.append((scaled, "", [scaled_loss(e) for e in entries]))
-        for measure, needs, values in found:
-            known = [(v, s) for v, s in zip(values, scores, strict=True) if v is not None]
-            if known:
-                row = [*where, measure, needs or "nothing", len(known)]
-                rows.append([*row, *rank_correlations(*zip(*known, strict=True))])
+        rows += [[*where, *row] for row in _floors(entries)]
+        rows += [[*where, *row] for row in _of_runs(method, entries)]
+        same = max(settings(entries, lambda e: str(e.run.cfg.augmentation)).values(), key=len)
+        if 1 < len(same) < len(entries) and method != "pooled":
+            rows += [[*where, *row] for row in _of_runs(method, same, ", of one augmentation")]
     return Table(
         name,
         "Choosing without labels" + (", among settings" if name != "label_free" else ""),
         "Within a method and backbone, whose runs differ in what the grid varies: rank correlation "
         "of each measure, turned so that more should be better, with average precision on "
         f"validation by the probe on fixed labels, and, in brackets, 95 % of {DRAWS} bootstrap "
-        "samples of runs. Regret: what is lost of it by the run that the measure would pick, of "
-        "all that have it; beside it a run picked at random, and one of those that trained the "
-        "longest. Measures that need labels show what the others miss. Pooled over methods a "
+        "samples of settings. Regret: how far the run that the measure would pick lies below the "
+        "best; beside it a run picked at random, and one of those that trained the longest. "
+        "Measures that need labels show what the others miss. Pooled over methods a "
         "measure compares what its authors do not: that row is there to show that it misleads. "
-        "MAE and supervised runs have no projector: their embeddings are their features.",
+        f"Of fewer than {FEWEST} settings (seeds of one count as one) there is no interval: even "
+        "no relation at all often gives a perfect order. Losses are compared as they are, also "
+        "where settings change their scale. Training losses, LiDAR and alignment are of the run's "
+        "own augmentation; where that varies, they have rows for runs of one augmentation too. MAE "
+        "and supervised runs have no projector: their embeddings are their features.",
         ("backbone", "method", "measure", "needs", "runs", *RANK_CORRELATIONS, "regret"),
         rows,
     )
 
 
+def _floors(entries):
+    """What picking at random costs, among all and, where lengths vary, among the longest."""
+    scores, epochs = np.array([(target(e), e.result["epochs"]) for e in entries]).T
+    picks = {"a run at random": scores}
+    if len(set(epochs)) > 1:
+        picks["a run of the most epochs"] = scores[epochs == epochs.max()]
+    for name, picked in picks.items():
+        regret = float(scores.max() - picked.mean()) if len(scores) > 1 else None
+        yield [name, "", len(picked), None, None, regret]
+
+
+def _of_runs(method, entries, which=""):
+    """A row a measure of runs of one method; which: what else they share, then only of views."""
+    found = [(m, [m.goodness(e) for e in entries]) for m in MEASURES if m.of_views or not which]
+    if method == "lejepa" and len({e.run.cfg.ssl_settings.lambda_ for e in entries}) > 1:
+        scaled = Measure(f"training loss / lambda^{SCALED:g}", "log", "loss")
+        found.append((scaled, [scaled_loss(e) for e in entries]))
+    values_of = [flat(identity(e.run.cfg, with_paths=True)) | {"seed": None} for e in entries]
+    scores, names = [target(e) for e in entries], [str(sorted(v.items())) for v in values_of]
+    for measure, values in found:
+        known = [row for row in zip(values, scores, names, strict=True) if row[0] is not None]
+        if known:
+            supervised = method == "supervised" and measure.part == "log"
+            needs = "labels" if supervised else measure.needs or "nothing"
+            columns = *zip(*known, strict=True), max(scores)
+            yield [measure.name + which, needs, len(known), *rank_correlations(*columns)]
+
+
 def runs(finished):
     """What each run of many settings reached, beside the measures that need nothing."""
     shown = [m for m in MEASURES if m.part in ("label_free", "log") and "features" not in m.name]
-    rows = []
+    notes = {e: e.diagnostics() for e in finished}
+    keys, rows = list(dict.fromkeys(key for of in notes.values() for key in of)), []
     for e in sorted(finished, key=lambda e: (e.result["method"], -(target(e) or 0))):
         scores = e.result.get("val_offline_fixed") or {}
         found = [scores.get("average_precision"), scores.get("auroc")]
-        rows.append([backbone_name(e.backbone), e.method, *found, *(m.of(e) for m in shown)])
+        found += [*(m.of(e) for m in shown), *map(notes[e].get, keys)]
+        rows.append([backbone_name(e.backbone), e.method, *found])
     names = (m.name.replace(", embeddings", "") for m in shown)
     return Table(
         "settings",
         "Runs of many settings",
         "A row a run, the best of a method first: average precision and AUROC on validation by the "
         "probe on fixed labels, and the measures of its embeddings. RankMe is a share of its "
-        "largest value.",
-        ("backbone", "method", "average precision", "AUROC", *names),
+        "largest value; last come the method's own numbers, means over the last epoch's log.",
+        ("backbone", "method", "average precision", "AUROC", *names, *keys),
         rows,
     )
 
 
-def rank_correlations(x, y):
+def rank_correlations(x, y, setting=None, best=None):
     """[Spearman's rho and Kendall's tau-b as Estimate, regret] of a measure x and a score y, (n,).
 
-    Fewer than three runs, or one value only, give no correlation, and one run no regret.
+    setting: (n,) what runs of several seeds share, drawn together; None: each is its own. Intervals
+    need FEWEST settings. best: the score that regret is counted from, y's own where None; of runs
+    that tie in x the mean is picked. Fewer than three runs, or one value only, give no correlation,
+    and one run no regret.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     n = len(x)
+    of = np.unique(np.arange(n) if setting is None else setting, return_inverse=True)[1]
+    many = of.max() + 1
+    drawn = keyed_rng(MEASURE_DRAWS, many).multinomial(many, np.full(many, 1 / many), DRAWS)
     signs = [np.sign(v[:, None] - v) for v in (x, y)]
-    order = np.arange(n)[None]
-    draws = keyed_rng(MEASURE_DRAWS, n).integers(0, n, (DRAWS, n))
     found = []
     for correlate in (_spearman, _kendall):
-        (whole,) = correlate(*signs, order)
+        (whole,) = correlate(*signs, np.ones((1, n)))
         if n < 3 or math.isnan(whole):
             found.append(None)
             continue
-        drawn = correlate(*signs, draws)
-        low, high = np.nanpercentile(drawn, (2.5, 97.5))
-        found.append(Estimate(float(whole), float(low), float(high), n))
-    return [*found, float(y.max() - y[np.argmax(x)]) if n > 1 else None]
+        interval = None, None
+        if many >= FEWEST:
+            interval = map(float, np.nanpercentile(correlate(*signs, drawn[:, of]), (2.5, 97.5)))
+        found.append(Estimate(float(whole), *interval, n))
+    best = y.max() if best is None else best
+    return [*found, float(best - y[x == x.max()].mean()) if n > 1 else None]
 
 
-def _spearman(x, y, of):
-    """x, y: (n, n) signs of differences; of: (draws, n) which runs. Returns (draws,), maybe NaN."""
-    return _cosine(*(_drawn(signs, of).sum(axis=2) for signs in (x, y)))  # ranks less their mean
+def _spearman(x, y, often):
+    """x, y: (n, n) signs of differences; often: (draws, n) each run is drawn. (draws,), maybe NaN.
+
+    Sums of signs are twice the ranks less their mean.
+    """
+    a, b = often @ x.T, often @ y.T
+    return _cosine(*((often * c).sum(axis=1) for c in (a * b, a * a, b * b)))
 
 
-def _kendall(x, y, of):
-    return _cosine(*(_drawn(signs, of).reshape(len(of), -1) for signs in (x, y)))
+def _kendall(x, y, often):
+    return _cosine(*((often @ c * often).sum(axis=1) for c in (x * y, x * x, y * y)))
 
 
-def _drawn(signs, of):
-    return signs[of[:, :, None], of[:, None, :]]
-
-
-def _cosine(a, b):
-    """(draws, m) twice -> (draws,); NaN where one is all 0."""
+def _cosine(ab, aa, bb):
+    """(draws,) inner products -> (draws,); NaN where one is of nothing."""
     with np.errstate(invalid="ignore"):
-        return (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+        return ab / np.sqrt(aa * bb)

@@ -109,7 +109,10 @@ def correlations(rows):
     for i, (line, colour, mark) in enumerate(zip(lines, cycle(COLOURS), cycle(MARKS))):
         of = [r for r in rows if (r[0], r[1]) == line]
         y = [names.index((r[3], r[2])) + 0.6 * ((i + 0.5) / len(lines) - 0.5) for r in of]
-        axis.hlines(y, [r[5].low for r in of], [r[5].high for r in of], color=colour, linewidth=1)
+        ends = [
+            (at, r[5].low, r[5].high) for at, r in zip(y, of, strict=True) if r[5].low is not None
+        ]
+        axis.hlines(*np.array(ends).reshape(-1, 3).T, color=colour, linewidth=1)
         label = ", ".join(line[::-1])
         axis.plot([r[5].mean for r in of], y, mark, color=colour, markersize=4, label=label)
     axis.axvline(0, color="#555555", linewidth=0.8)

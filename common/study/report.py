@@ -113,7 +113,8 @@ def write_report(runs, folder, probe="online", draws=0, paper=False):
     ablations = of("resolution"), of("augmentation")
     budget = [e for e in finished if any(g.startswith("labels") for g in e.run.groups)]
     many = [e for e in finished if any(g.startswith("label_free") for g in e.run.groups)]
-    apart = {"resolution", "augmentation", *(g for e in many for g in e.run.groups)}
+    of_many = (g for e in many for g in e.run.groups if g.startswith("label_free"))
+    apart = {"resolution", "augmentation", *of_many}
     main = [e for e in finished if set(e.run.groups) - apart]
     paper = paper_values() if paper or len(finished[0].scores.label) == SEWER_ML else None
     steps = list(_main_steps(page, with_variants(main), probe, draws, paper)) if main else []
@@ -212,7 +213,8 @@ def _main_steps(page, main, probe, draws, paper):
         "label_free_against_f1",
         "Label-free measures against F1",
         f"Figures 9 and 10. A point a run; filled: ResNet-18, open: ViT-Tiny. F1 on training views "
-        f"is the online probe's over the last epoch, on validation the {probe} probe's.",
+        f"is the online probe's over the last epoch, on validation the {probe} probe's. Compare "
+        "runs of one method: over several such a measure means nothing.",
         figures.measures_against_f1(main),
     )
     yield from _choice_steps(page, main)
@@ -242,7 +244,7 @@ def _choice_steps(page, entries, name="label_free"):
             f"{table.title}: the picture",
             "Rank correlation of each measure, turned so that more should be better, with average "
             "precision by the probe on fixed labels; lines: 95 % of bootstrap samples of runs. In "
-            "brackets what a measure needs. An interval across 0 tells nothing.",
+            "brackets what a measure needs. An interval across 0, or none, tells nothing.",
             correlations(table.rows),
         )
     yield lambda: page.add_table(table)

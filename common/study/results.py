@@ -30,7 +30,7 @@ class Finished:
 
     run: GridRun
     result: dict
-    probe: str  # online | offline: whose validation scores these are
+    probe: str  # a key of LOGITS: whose validation scores these are
     variant: str = ""  # what sets it apart from others of its method, backbone and proportion
     note: str = ""  # what it could not be compared with
 
@@ -73,10 +73,19 @@ class Finished:
         """(DRAWS,) of such a score, of the same images for every run; None: it has none."""
         return self._resampled[prevalence].get(metric)
 
+    @functools.cached_property
+    def _log(self):
+        return read_log(self.run.folder / LOG)
+
     def epochs(self):
         """Records of its log, one an epoch, that have a validation."""
-        log = read_log(self.run.folder / LOG)
-        return [r for r in log if r["kind"] == "epoch" and "label_free_n" in r]
+        return [r for r in self._log if r["kind"] == "epoch" and "label_free_n" in r]
+
+    def diagnostics(self):
+        """A method's own numbers, means over the last epoch's log, {} where it has none."""
+        steps = [r for r in self._log if r["kind"] == "step"]
+        last = [r.get("diagnostics", {}) for r in steps if r["epoch"] == steps[-1]["epoch"]]
+        return {k: float(np.mean([d[k] for d in last])) for k in (last[-1] if last else {})}
 
     def class_counts(self):
         """{class: defects of it in its training subset}, {} where its images are not known."""
@@ -89,7 +98,7 @@ class Finished:
 
 
 def collect(runs, probe="online"):
-    """GridRuns -> (list of Finished, {name: why it is not there}). probe: online | offline."""
+    """GridRuns -> (list of Finished, {name: why it is not there}). probe: a key of LOGITS."""
     finished, missing = [], {}
     for run in runs:
         try:
@@ -115,9 +124,10 @@ def with_variants(finished, but=()):
     differs. but: keys (`section.key`) that may differ."""
     told = []
     for entries in settings(finished, lambda e: (e.method, e.backbone, e.proportion)).values():
-        flat = [_flat(identity(e.run.cfg, with_paths=True)) for e in entries]
-        keys = [k for k in flat[0] if k not in ("seed", *but) and len({f.get(k) for f in flat}) > 1]
-        names = [", ".join(f"{key}={values.get(key)}" for key in keys) for values in flat]
+        all_values = [flat(identity(e.run.cfg, with_paths=True)) for e in entries]
+        keys = [key for key in all_values[0] if key not in ("seed", *but)]
+        keys = [key for key in keys if len({values.get(key) for values in all_values}) > 1]
+        names = [", ".join(f"{key}={values.get(key)}" for key in keys) for values in all_values]
         groups = [entry.run.groups for entry in entries]
         pairs = set(zip(names, groups, strict=True))
         if len(pairs) == len(set(names)) == len(set(groups)):
@@ -127,12 +137,12 @@ def with_variants(finished, but=()):
     return told
 
 
-def _flat(values, path=""):
+def flat(values, path=""):
     """Nested dicts -> {section.key: value}."""
-    flat = {}
+    found = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return flat
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
 
 
 @functools.cache

@@ -243,7 +243,7 @@ def test_a_worker_that_hangs_ends_the_run_and_is_ended(tmp_path, tiny_set):
     argv = arguments(METHOD, tiny_set, tmp_path, "hang", "data.num_workers=1")
     done = call(tmp_path, METHOD, *argv, first=(hang,))
     assert done.poll() == 3, done.err
-    assert "longer than 9.0 s ends the run" in done.err  # 1 s, and .5 s an image of 16
+    assert "a batch of more than 9.0 s ends the run" in done.err  # 1 s, and .5 s an image of 16
     assert read_json(tmp_path / "hang/status.json")["retryable"] is True
 
 

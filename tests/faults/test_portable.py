@@ -13,9 +13,11 @@ from small import OVERRIDES
 PRELUDE = """
 import multiprocessing, os, signal, sys
 sys.modules["fcntl"] = None
-for name in ("link", "fork", "sched_getaffinity", "preadv"):
-    if hasattr(os, name):
-        delattr(os, name)
+of_os = os, ("link", "fork", "sched_getaffinity", "pread", "preadv")
+for module, names in (of_os, (signal, ("SIGPIPE", "SIGUSR1"))):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
 """
@@ -44,6 +46,12 @@ def test_from_a_folder_to_a_review_page_without_them(tiny_set, tmp_path):
     config = ROOT / "configs" / "simclr_r18.yaml"
     said = call(tmp_path, "simclr", "--config", config, *words, *place).stderr
     assert "no locks (Windows)" in said
+    packed = tmp_path / "packed"
+    csvs = data["data.train_csv"], data["data.val_csv"]
+    how = "--out", packed, "--form", "raw", "--annotations", *csvs
+    call(tmp_path, "common.pack", "--image-root", data["data.image_root"], *how)
+    place[-1] = "run.name=packed"
+    call(tmp_path, "simclr", "--config", config, *words, *place, f"data.packed={packed}")
     trained, root = tmp_path / "runs" / "here", data["data.image_root"]
     assert (trained / "prev.pt").exists() or (trained / "last.pt").exists()
     scores = tmp_path / "s.csv"

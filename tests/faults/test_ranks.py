@@ -19,6 +19,7 @@ HOW = ["run.checkpoint_every_steps=2", "optimization.batch_size=12"]
 FAULT = """
 import os, sys, time, signal
 from datetime import timedelta
+import common.data as data
 import common.running.process as process
 from common.running.run import Run
 import simclr
@@ -26,7 +27,8 @@ from small import make_narrow
 
 make_narrow()
 what, rank, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-process.GROUP_TIMEOUT = timedelta(seconds=8)
+process.START_TIMEOUT = timedelta(seconds=8 if at == 1 else 600)
+data.LOADER_TIMEOUT, data.SECONDS_AN_IMAGE = 5, 0.5  # of a rank's batch of 6
 end_step = Run.end_step
 
 def failing(self, *args, **kwargs):
@@ -110,5 +112,8 @@ def goes(what, rank, at, whole, tmp_path, tiny_set, count):
     count("a rank that dies or hangs", tried=1, ended=seconds < LIMIT, exact=same)
     count("longest wait after a rank's fault", seconds=round(seconds, 1))
     assert code == 1 and seconds < LIMIT, said
+    if what == "hangs":
+        assert "another rank hangs, or is gone" in said and "in vain (" in said, said
+    assert "a wait for another rank of more than 8.0 s ends the run" in said
     assert same
     assert read_json(tmp_path / "run/status.json")["state"] == "finished"
