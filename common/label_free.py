@@ -1,8 +1,7 @@
 """What features and embeddings tell without labels, and what the rare class's labels add.
 
-All are of fixed images in eval mode, in float64, and compare runs of one method only; what cannot
-be told, as of an overflow, is None. Which direction is good stands in `common/study/measures.py`.
-l_k are the eigenvalues of the covariance.
+All are of fixed images in eval mode, in float64, and compare runs of one method only. Which
+direction is good stands in `common/study/measures.py`. l_k are the eigenvalues of the covariance.
 """
 
 import math
@@ -32,33 +31,31 @@ def label_free(features, embeddings):
     result = {"n": len(features)}
     unit = F.normalize(embeddings.double(), dim=1) * embeddings.shape[1] ** 0.5
     for name, raw, z in (("features", features, features), ("embeddings", embeddings, unit)):
-        z, known = z.double(), bool(raw.isfinite().all())
+        z = z.double()
         result |= {
             **_ranks(name, raw),
-            f"mean_{name}": float(z.mean()) if known else None,
-            f"std_{name}": float(z.std(dim=0, correction=0).mean()) if known else None,
+            f"mean_{name}": float(z.mean()),
+            f"std_{name}": float(z.std(dim=0, correction=0).mean()),
         }
     return {"rankme": result["rankme_embeddings"], **result}
 
 
 def _ranks(name, z):
-    known = bool(z.isfinite().all())
     return {
-        f"rankme_{name}": rankme(z) if known else None,
-        f"rankme_{name}_centred": rankme(z, centre=True) if known else None,
+        f"rankme_{name}": rankme(z),
+        f"rankme_{name}_centred": rankme(z, centre=True),
         f"rankme_{name}_largest": min(z.shape),
     }
 
 
 def spectrum(z):
-    """Measures of the spectrum of centred z, (N, D). None where z is all alike or not finite.
+    """Measures of the spectrum of centred z, (N, D). Of a z that is all alike they are None.
 
     stable_rank: ||Z||_F^2 / ||Z||_2^2; participation_ratio: (sum l)^2 / sum l^2; alpha_req and
     alpha_req_full with the R^2 of their fits, see `power_law`.
     """
     z = z.double()
-    centred = z - z.mean(dim=0)
-    s = singular_values(centred) if centred.isfinite().all() else torch.zeros(1)
+    s = singular_values(z - z.mean(dim=0))
     squares = s.square().sort(descending=True).values
     if not squares[0] > torch.finfo(torch.float32).tiny:
         names = "stable_rank", "participation_ratio", "alpha_req", "alpha_req_full"
@@ -177,9 +174,8 @@ def of_clean(features, embeddings, few):
     result = {}
     for of, z in zip(KINDS, (features, embeddings), strict=True):
         result |= {f"{key}_{of}": value for key, value in spectrum(z).items()}
-        known = len(few) > 1 and bool(z[few].isfinite().all())
         for name, measure in (("uniformity", uniformity), ("sigreg", sigreg)):
-            result[f"{name}_{of}"] = measure(z[few]) if known else None
+            result[f"{name}_{of}"] = measure(z[few]) if len(few) > 1 else None
     return result
 
 
@@ -190,16 +186,13 @@ def given_labels(features, embeddings, label):
     classes' means over the root of the mean variance within a class, summed over dimensions
     (after arXiv:2008.08186, Section 1: variability within classes, against their means); purity:
     share of defects among the NEIGHBOURS nearest (cosine, itself excluded) of a defect, of at most
-    FEW rows; `share`: purity by chance. Where a class has fewer than two, or z has overflown, there
-    is `undefined`, why.
+    FEW rows; `share`: purity by chance. Where a class has fewer than two there is `undefined`, why.
     """
     label = torch.as_tensor(label)
     n_normal, n_defect = int((label == NORMAL).sum()), int((label == DEFECT).sum())
     result = {"n_normal": n_normal, "n_defect": n_defect}
     if min(n_normal, n_defect) < 2:
         return result | {"undefined": "two normal and two defect images are needed"}
-    if not all(z.isfinite().all() for z in (features, embeddings)):
-        return result | {"undefined": "features or embeddings are not finite"}
     result["share"] = n_defect / (n_normal + n_defect)
     for name, z in zip(KINDS, (features, embeddings), strict=True):
         defects, normals = z[label == DEFECT].double(), z[label == NORMAL].double()

@@ -169,10 +169,8 @@ def _plain_rows(path, delimiter, columns):
             even = np.array_equal(breaks, np.arange(columns - 1, len(end), columns))
             if not even or b'"' in text or b"\r" in text:
                 raise ValueError("csv.reader has to look at it")
-            lines, start = (
-                np.arange(done, done + len(breaks), dtype=np.int32) + 1,
-                np.append(0, end[:-1] + 1),
-            )
+            lines = np.arange(done, done + len(breaks), dtype=np.int32) + 1
+            start = np.append(0, end[:-1] + 1)
             rows = slice(done == 0, None)  # without the header
             yield lines[rows], (text, *(x.reshape(-1, columns)[rows] for x in (start, end)))
             done += len(breaks)

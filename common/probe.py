@@ -190,11 +190,8 @@ def evaluate(model, loader, clean, device, autocast, label):
     if not rows:  # more ranks than images: no rows, but of the right shape
         size = loader.dataset.image_size
         h, z = model.encode(clean(torch.zeros(1, 3, size, size, device=device)))
-        rows, features, embeddings = (
-            [torch.zeros(0, dtype=torch.int64)],
-            [h[:0].cpu()],
-            [z[:0].cpu()],
-        )
+        rows = [torch.zeros(0, dtype=torch.int64)]
+        features, embeddings = [h[:0].cpu()], [z[:0].cpu()]
     model.train(was_training)
     rows, features, embeddings = (
         gather_unpadded(torch.cat(parts)) for parts in (rows, features, embeddings)

@@ -85,11 +85,7 @@ def open_folder(folder, cfg):
         owner = lock.read().strip() or "unknown"
         raise UserError(f"{folder}: another process is running this run: {owner}")
     lock.truncate(0)
-    owner = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%c"),
-    }
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
     lock.write(json.dumps(owner))
     lock.flush()
     state, why = standing(folder, cfg)

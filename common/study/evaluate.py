@@ -17,16 +17,12 @@ import numpy as np
 from common.metrics import METRICS, THRESHOLD, scores_of
 from common.ranking import Ranking
 from common.running.errors import UserError, regular
+from common.running.folder import SCORES
 from common.running.keyed import BOOTSTRAP, DRAWN_SUBSET, keyed_rng
 
-FILE = "val_scores.npz"
-LOGITS = {  # of each probe, in that file
-    "online": "logit",
-    "offline": "logit_offline",
-    "offline_fixed": "logit_offline_fixed",
-}
+# Of each probe, in val_scores.npz.
+LOGITS = {"online": "logit", "offline": "logit_offline", "offline_fixed": "logit_offline_fixed"}
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
-WITH_INTERVAL = ("f2", *METRICS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def load_scores(folder, probe="online"):
 
     Raises UserError naming the file where it is damaged, not there or without that probe's scores.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / SCORES
     try:
         with np.load(regular(path)) as stored:
             logit = stored[LOGITS[probe]].astype(np.float64)
@@ -90,7 +86,7 @@ def resample(scores, prevalences, draws, seed=0):
         counts = scores.ranking.count(*by_rank)
         for p, values in found.items():
             drawn = scores_of(counts, scores.class_names, p)
-            for name in WITH_INTERVAL:
+            for name in METRICS:
                 if drawn[name] is not None:
                     values.setdefault(name, np.full(draws, np.nan))[n] = drawn[name]
     return found

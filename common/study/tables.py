@@ -84,39 +84,44 @@ def performance(finished, split, paper=None):
     )
 
 
-def probes(finished, metric="auroc"):
-    """One score by all three probes: how much of a difference is labels, how much features."""
+def _means(finished, *columns):
+    """Rows of means over seeds, one a setting. columns: each the way to a number of a result."""
     rows = []
     for key, entries in settings(finished, setting).items():
-        found = []
-        for split in ("val", "val_offline", "val_offline_fixed"):
-            found.append(_mean(e.result.get(split, {}).get(metric) for e in entries))
-        rows.append([*in_print(*key), len(entries), *found])
-    name = METRICS[metric]
+        found = [[_at(e.result, way) for e in entries] for way in columns]
+        known = [[value for value in of if value is not None] for of in found]
+        means = [float(np.mean(of)) if of else None for of in known]
+        rows.append([*in_print(*key), len(entries), *means])
+    return rows
+
+
+def _at(values, way):
+    for key in way:
+        values = (values or {}).get(key)
+    return values
+
+
+def probes(finished):
+    """AUROC by all three probes: how much of a difference is labels, how much features."""
+    splits = "val", "val_offline", "val_offline_fixed"
     return Table(
         "probes",
-        f"{name} by probe",
-        f"{name} on clean validation images, as they are, mean over seeds. online: the study's, "
+        "AUROC by probe",
+        "AUROC on clean validation images, as they are, mean over seeds. online: the study's, "
         "learned beside the encoder. offline: a regression to convergence on the run's own "
         "labelled rows, so with few defects it has few to learn from. offline, fixed: the same on "
         "one labelled set for all runs, all labelled rows of the training CSV (of more than "
         "50,000 a sample): only the features differ.",
         (*SETTING, "seeds", "online", "offline", "offline, fixed"),
-        rows,
+        _means(finished, *((split, "auroc") for split in splits)),
     )
 
 
 def normal_only(finished):
     """Scores that need normals only, beside the offline probe's; a row a setting."""
-    rows = []
-    for key, entries in settings(finished, setting).items():
-        row = [*in_print(*key), len(entries)]
-        for name in NAMES:
-            for metric in OF_RANKING[:2]:
-                found = (e.result.get("val_normal_only", {}).get(name, {}) for e in entries)
-                row.append(_mean(scores.get(metric) for scores in found))
-        rows.append([*row, _mean(e.result["val_offline"]["auroc"] for e in entries)])
-    scores = [f"{METRICS[metric]}, {name}" for name in NAMES for metric in OF_RANKING[:2]]
+    which = [(name, metric) for name in NAMES for metric in OF_RANKING[:2]]
+    ways = [("val_normal_only", *of) for of in which]
+    scores = [f"{METRICS[metric]}, {name}" for name, metric in which]
     return Table(
         "normal_only",
         "With normals only",
@@ -126,13 +131,8 @@ def normal_only(finished):
         "encoder may have seen defects in pre-training. A score is worth what it is above the "
         "random encoder's.",
         (*SETTING, "seeds", *scores, "AUROC, offline probe"),
-        rows,
+        _means(finished, *ways, ("val_offline", "auroc")),
     )
-
-
-def _mean(values):
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def _everything_a_defect(finished, of_paper):
