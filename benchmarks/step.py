@@ -263,9 +263,9 @@ def measure(method, backbone, folder):
     return seconds
 
 
-def emit_pairs(name, seconds, ours, peer, target, **more):
+def emit_pairs(name, found, ours, peer, target, **more):
     """One line, its ratio the median of the turns' own."""
-    a, b = seconds[ours], seconds[peer]
+    a, b = found[ours], found[peer]
     ratio = statistics.median(y / x for x, y in zip(a, b, strict=True))
     emit(name, statistics.median(a), statistics.median(b), target, "s", ratio=ratio, **more)
 

@@ -202,7 +202,7 @@ class Scoring:
 
     def _write_arrays(self, folder, features, embeddings, logits, probes):
         val = self.val
-        np.savez(
+        np.savez_compressed(  # a study's are kept
             folder / "val_scores.npz",
             filename=val.filename,
             **logits,
