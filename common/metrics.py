@@ -14,15 +14,15 @@ from common.ranking import Ranking
 from common.running.errors import UserError
 
 THRESHOLD = 0.0  # on the logit, as the study; `logit >= THRESHOLD` is called a defect
-METRICS = {  # scores that are shown, key: name in print
+METRICS = {  # scores that are shown, key: name in print; first what needs no threshold
+    "auroc": "AUROC",
+    "average_precision": "average precision",
     "f1": "F1",
     "f2_ciw": "F2_CIW",
     "f2_ciw_strict": "F2_CIW strict",
     "f1_normal": "F1_normal",
     "precision": "precision",
     "recall": "recall",
-    "auroc": "AUROC",
-    "average_precision": "average precision",
 }
 
 

@@ -234,7 +234,7 @@ def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
     assert (found.mean, found.seeds) == (pytest.approx(np.mean(values)), 3)
     assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
     (row, _) = performance(finished, "val").rows
-    assert row[3] == 3 and str(row[4]) == str(found)
+    assert row[3] == 3 and str(row[6]) == str(found)
 
 
 def test_pairs_of_runs_are_compared_on_the_same_images(complete):
