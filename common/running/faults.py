@@ -13,7 +13,7 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
 SHARED_MEMORY = ("shared memory", "Bus error", "(shm)")
 DEAD = ("is killed by signal", "exited unexpectedly")  # torch's words of a loader's worker
-TIMED_OUT = ("Timed out waiting", "timed out")  # gloo's words
+TIMED_OUT = ("Timed out waiting",)  # gloo's words; a loader has others
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
