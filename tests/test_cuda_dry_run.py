@@ -150,7 +150,8 @@ def bare_run(state):
     options = types.SimpleNamespace(log_every=50, checkpoint_every_steps=1000)
     optimization = types.SimpleNamespace(batch_size=4)
     run.cfg = types.SimpleNamespace(run=options, optimization=optimization)
-    run.step, run.steps_per_epoch, run.is_first, run.log = 3, 100, True, None
+    run.step, run.steps_per_epoch, run.log = 3, 100, None
+    run.world_size, run.is_first = 1, True
     run._guard, run._watch, run._note = OverflowGuard(state), Stopwatch(), ""
     run._watch.start_step()
     run._progress, run.stop = Progress(400, "training", "images"), object.__new__(StopSignal)

@@ -159,7 +159,9 @@ def _floors(entries):
 def _of_runs(method, entries, which=""):
     """A row a measure of runs of one method; which: what else they share, then only of views."""
     found = [(m, [m.goodness(e) for e in entries]) for m in MEASURES if m.of_views or not which]
-    if method == "lejepa" and len({e.run.cfg.ssl_settings.lambda_ for e in entries}) > 1:
+    settings = [getattr(e.run.cfg, "ssl_settings", None) for e in entries]
+    with_sigreg = hasattr(settings[0], "num_slices")  # LeJEPA's loss, and who forks it
+    if with_sigreg and len({s.lambda_ for s in settings}) > 1:
         scaled = Measure(f"training loss / lambda^{SCALED:g}", "log", "loss")
         found.append((scaled, [scaled_loss(e) for e in entries]))
     values_of = [flat(identity(e.run.cfg, with_paths=True)) | {"seed": None} for e in entries]
