@@ -5,7 +5,6 @@ Deviation: validation: on clean images; the study's Tables 1, 3 and 4 are on aug
 
 import copy
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from common.annotations import Annotations
 from common.augmentations import ColorJitterNormalize, CropViews
-from common.data import TrainImages, batches, clean_loader, make_loader
+from common.data import TrainImages, batches, clean_loader, cores, make_loader
 from common.distributed import all_reduce_mean, broadcast_buffers, gather_unpadded, limit_waits
 from common.label_free import VIEW_IMAGES, VIEWS, given_labels, label_free, of_clean, of_views
 from common.metrics import all_scores, without_values
@@ -101,7 +100,7 @@ class Scoring:
             return None
         threads = torch.get_num_threads()
         if self.world_size > 1:  # torchrun gives each rank one thread, and the others wait
-            torch.set_num_threads(os.cpu_count())
+            torch.set_num_threads(cores())
         all_logits = {"logit": np.full_like(logits, np.nan) if why else logits}
         results, probes = {}, {}
         for name, (of, seed) in on.items():

@@ -361,7 +361,7 @@ def test_each_run_gets_its_own_gpus_of_those_that_are_there(pretended, monkeypat
 
 def test_runs_side_by_side_on_a_cpu_share_its_cores(pretended, monkeypatch):
     runs, started = pretended
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "cores", lambda: 8)
     launch.Launcher(runs, jobs=2).run()
     assert {child.env["OMP_NUM_THREADS"] for child in started} == {"4"}
 

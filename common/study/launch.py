@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.data import cores
 from common.running.errors import regular
 from common.running.folder import STATUS, read_json
 from common.running.process import DONE, FAULT, STOPPED, USER_ERROR
@@ -150,7 +151,7 @@ def environment(place, jobs, nproc, gpus):
         devices = [gpus[i % len(gpus)] for i in range(place * nproc, (place + 1) * nproc)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices))
     elif jobs > 1:  # runs that each take all cores slow each other down many times
-        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     return env
 
 
