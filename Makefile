@@ -1,6 +1,6 @@
 # make demo [SEED=N]: a trained, scored model from a fresh machine. make test: the tests. Both
-# install first. make bench: speed beside peers, to benchmarks/RESULTS.md. make test-gpu: on any
-# machine with one CUDA device and torch, without installing.
+# install first. make bench: speed beside peers, to benchmarks/RESULTS.md. make test-gpu: on one
+# CUDA device, by whatever pytest and packages are there, without installing.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python

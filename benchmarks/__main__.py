@@ -16,7 +16,7 @@ import torch
 
 HERE = Path(__file__).parent
 KEYS = ("name", "ours", "peer", "ratio", "target", "unit")
-NOT_HERE = ("timing", "gpu")  # gpu.py wants a CUDA device: see `make test-gpu`
+NOT_HERE = ("timing", "gpu")  # gpu.py wants a CUDA device: see its first lines
 
 
 def processor():

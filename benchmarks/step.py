@@ -1,11 +1,12 @@
 """How long is a training step, against lightly's losses and heads in a plain loop?
 
-Each self-supervised method with each backbone at 64 px (ViT-Tiny: patches of 8), 64 images of two
-views, float32, one CPU thread, without loading and augmentation. Ours is what a script's `main`
-does between two batches: forward, loss, backward, optimiser, teacher, and what lightly's loop has
-not, the online probe, sums, log. The peer has the same backbone, widths and kind of optimiser. A
-second line holds the same step against bare forward and backward of the same model (all else may
-take 5 %). MAE's pass over whole images, for the probe, is left out of both and stands apart.
+SimCLR, BYOL, Barlow Twins and DINO with both backbones and MAE with ViT-Tiny, at 64 px (patches of
+8), 64 images of two views, float32, one CPU thread, without loading and augmentation. Ours is what
+a script's `main` does between two batches: forward, loss, backward, optimiser, teacher, and what
+lightly's loop has not, the online probe, sums, log. The peer has the same backbone, widths and kind
+of optimiser. A second line holds the same step against bare forward and backward of the same model
+(all else may take 5 %). MAE's pass over whole images, for the probe, is left out of both and stands
+apart.
 Processor time, which other work on the machine disturbs less. One turn to warm up and five that
 count; in each all are timed, and the ratio is the median of the turns' own, as a machine is not
 equally fast for long: a quarter of an hour on a free core.

@@ -3,10 +3,10 @@
     python -m common.compare RUN_FOLDER [RUN_FOLDER ...] --out compare.png
 
 All scores are of the same validation set: those of runs by the offline probe, those of the
-thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. "all labels": of a
-regression on all labelled rows of the training CSV (of more than 50,000 a sample), the same for
-every run: it compares features where runs had different numbers of labels. "knn" and "Mahalanobis":
-of the distance to normal training images, which needs no defect.
+thumbnails by the same regression on 16 x 16 pixels, trained on the same rows. "fixed labels": of a
+regression on all labelled rows of the training CSV (of more than 50,000 a sample; with
+`data.labels` those that it leaves), whatever the run trained on. "knn" and "Mahalanobis": of the
+distance to normal training images, which needs no defect.
 """
 
 import argparse
@@ -41,9 +41,9 @@ SHOWN = (
     *(("own", "f1"), ("own", "auroc"), ("own", "average_precision")),
     *((which, "auroc") for which in ("fixed", "knn", "mahalanobis")),
 )
-OF = {"own": "", "fixed": ", all labels", "knn": ", knn", "mahalanobis": ", Mahalanobis"}
+OF = {"own": "", "fixed": ", fixed labels", "knn": ", knn", "mahalanobis": ", Mahalanobis"}
 LABELS = [METRICS[key] + OF[which] for which, key in SHOWN]
-FROZEN = {"random": "random encoder", "pretrained": "given encoder"}  # methods in print
+FROZEN = {"random": "random encoder", "pretrained": "pretrained encoder"}  # methods in print
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
 BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
 

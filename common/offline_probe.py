@@ -25,8 +25,8 @@ def fits(defect, rows, seed):
 
     defect: (N,) labels of a whole training CSV; rows: of a run's subset of it.
     offline: fitted on the run's subset, so that it has as many defects to learn from as the run.
-    offline_fixed: on all labelled rows, or FIXED_ROWS of them, at their own mix, the same for every
-    proportion and seed, so that features are compared and not numbers of labels (as
+    offline_fixed: on all labelled rows of defect, or FIXED_ROWS of them, at their own mix, the same
+    for every proportion and seed, so that features are compared and not numbers of labels (as
     arXiv:2110.05025).
     """
     own = rows[stratified_sample(defect[rows], MOST_ROWS, seed, FIT_SAMPLE)]

@@ -1,7 +1,7 @@
 """LARS, and the parameter groups of a run's optimiser.
 
-Deviation: AdamW: betas (momentum, .999), decay of everything, as the study; of the originals some
-have .95, and none decays biases and norms.
+Deviation: AdamW: betas (momentum, .999), decay of everything, as the study; MAE's original has .95,
+and neither DINO's nor MAE's decays biases and norms.
 """
 
 import torch

@@ -30,6 +30,7 @@ from common.data import batches, cores, make_loader
 from common.images import ImageFolder
 from common.inspection.listing import at_least
 from common.running.errors import ImageError, UserError
+from common.running.faults import explain
 from common.running.folder import read_json, write_json
 from common.running.process import entry_point
 from common.running.progress import Progress, clock, say, write_error
@@ -191,8 +192,10 @@ def pack(image_root, names, out, form="jpeg", short_side=SHORT_SIDE, workers=0):
             (out / PARTIAL).unlink()
             return unreadable
     except OSError as error:
-        what = f"{error.filename or out}: {error.strerror or error}"
-        raise UserError(f"{what}; what is packed is kept, the same command goes on") from None
+        error.filename = error.filename or out
+        what = f"{error.filename}: {error.strerror or error}"
+        kept = UserError(f"{what}; what is packed is kept, the same command goes on")
+        raise explain(error) or kept from None
 
 
 @entry_point

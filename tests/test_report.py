@@ -504,9 +504,9 @@ def test_causes_are_told_apart_by_what_is_kept_the_same():
     near = pytest.approx
     assert [axis.get_title().split(": ")[1] for axis in axes] == [
         "own labels,\nown number of images",
-        "the same labels,\nown number of images",
+        "fixed labels,\nown number of images",
         "own labels,\nthe same number of images",
-        "the same labels,\nthe same number of images",
+        "fixed labels,\nthe same number of images",
     ]
     assert lines_of(axes[0])["byol"] == [[0.05, near(0.55)], [0.45, near(0.95)]]
     assert lines_of(axes[1])["byol"] == [[0.05, near(0.65)], [0.45, near(1.05)]]

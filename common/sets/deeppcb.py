@@ -28,6 +28,7 @@ from PIL import Image
 
 from common.images import open_image
 from common.running.errors import UserError
+from common.running.faults import explain
 from common.running.folder import write_atomically
 from common.running.process import entry_point
 from common.running.progress import Progress
@@ -148,7 +149,8 @@ def cut(root, out):
             write_atomically(out / name, text)
         mark.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
+        error.filename = error.filename or out
+        raise explain(error) or UserError(f"{error.filename}: {error.strerror or error}") from None
     return files
 
 

@@ -10,7 +10,9 @@
 A group's runs are every config with every combination of its axes. Of two overrides of one key the
 nearer wins: an axis, a config's own, its group's, the grid's; the command line's beats all. A run's
 folder carries a hash of its resolved config, so two different runs never share one, and a run of
-two groups is one run.
+two groups is one run. Some groups have places of their own in the report: `resolution` and
+`augmentation`, the ablations, and those whose names begin with `label_free` (settings to choose
+among) or `labels` (budgets of labels).
 """
 
 import dataclasses

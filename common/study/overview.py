@@ -11,7 +11,7 @@ from common.study.figures import COLOURS, MARKS, looks, panels, shades, with_leg
 from common.study.results import Estimate, estimate, settings
 from common.study.tables import backbone_name, percent
 
-SPLITS = {"own labels": "val_offline", "the same labels": "val_offline_fixed"}
+SPLITS = {"own labels": "val_offline", "fixed labels": "val_offline_fixed"}
 
 
 def overview(finished):

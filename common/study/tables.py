@@ -109,10 +109,10 @@ def probes(finished):
         "AUROC by probe",
         "AUROC on clean validation images, as they are, mean over seeds. online: the study's, "
         "learned beside the encoder. offline: a regression to convergence on the run's own "
-        "labelled rows, so with few defects it has few to learn from. offline, fixed: the same on "
-        "one labelled set for all runs, all labelled rows of the training CSV (of more than "
+        "labelled rows, so with few defects it has few to learn from. offline, fixed labels: "
+        "the same on one set for all runs, all labelled rows of the training CSV (of more than "
         "50,000 a sample): only the features differ.",
-        (*SETTING, "seeds", "online", "offline", "offline, fixed"),
+        (*SETTING, "seeds", "online", "offline", "offline, fixed labels"),
         _means(finished, *((split, "auroc") for split in splits)),
     )
 

@@ -6,17 +6,21 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from small import run, stop_at
 
 import simclr
+from common import pack
 from common.running import checkpoint, folder
 from common.running.errors import FaultError, UserError
 from common.running.faults import explain
 from common.running.folder import read_json, write_json
 from common.running.progress import say
+from common.sets import deeppcb
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
+COMMANDS = {"pack": pack.main, "deeppcb": deeppcb.main}
 CASES = {  # what is raised: part of what is said, whether the same command may help
     "full disk": (OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"), "/tmp/x/y", True),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "/tmp/x"), "Disk quota exceeded", True),
@@ -104,6 +108,35 @@ def test_a_disk_that_fills_up_loses_nothing(call, tiny_set, tmp_path, monkeypatc
     again = run("simclr", tmp_path, tiny_set, "run", "run.checkpoint_every_steps=2")
     pick = [read_json(f / "result.json")["val_offline"] for f in (whole, again)]
     assert pick[0] == pick[1]
+
+
+@pytest.mark.parametrize("command", ["pack", "deeppcb"])
+def test_a_disk_that_fills_up_under_a_command(command, tiny_set, tmp_path, monkeypatch, capsys):
+    """It is worth another try, and that ends with the whole."""
+    boards, out = tmp_path / "PCBData/group00041/00041", tmp_path / "out"
+    boards.mkdir(parents=True)
+    (boards.parent / "00041_not").mkdir()
+    Image.new("L", (640, 640)).save(boards / "00041000_test.jpg")
+    (boards.parent / "00041_not/00041000.txt").write_text("")
+    images, train, _ = (override.split("=")[1] for override in tiny_set)
+    words = {
+        "pack": ["--image-root", images, "--annotations", train],
+        "deeppcb": [tmp_path / "PCBData"],
+    }[command]
+    words = [str(word) for word in (*words, "--out", out)]
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fail)
+        with pytest.raises(SystemExit) as stop:
+            COMMANDS[command](words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and "the same command goes on" in said
+    assert f"error: {out}" in said and "bytes are free" in said and "Traceback" not in said
+    COMMANDS[command](words)
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_closed_or_full_standard_error_ends_nothing(tiny_set, tmp_path, monkeypatch):

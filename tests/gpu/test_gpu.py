@@ -1,6 +1,7 @@
 """Every method and backbone at its real size on one CUDA device: `make test-gpu`, an hour or less.
 
-Needs torch 2.10 or newer and a checkout: no installation, no network. A device with less than 40 GB
+Needs pytest, torch 2.10 or newer, the other runtime packages and a checkout: no installation, no
+network. A device with less than 40 GB
 gets half of the batch. Peak memory is printed and goes into a --junit-xml report.
 """
 
