@@ -4,14 +4,13 @@ import contextlib
 import functools
 import io
 import os
-import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from common.running.errors import ImageError, UserError
+from common.running.errors import ImageError, UserError, regular
 from common.running.keyed import FILE_CHECK, keyed_rng
 from common.running.progress import say
 
@@ -115,9 +114,7 @@ def _read(image_root, name):
     path = os.path.realpath(os.path.join(image_root, name))
     if not path.startswith(os.path.join(image_root, "")):
         raise ImageError(f"a link leads to {path}, outside the folder of the images, {image_root}")
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-        raise ImageError("it is no regular file")
-    return Path(path).read_bytes()
+    return Path(regular(path)).read_bytes()
 
 
 def read_image(image_root, name, where, decode):

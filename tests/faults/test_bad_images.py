@@ -99,7 +99,7 @@ def sock(path):
 
 PLACES = {  # what stands there: how it is made, part of the reason
     "nothing": (lambda path: None, "No such file"),
-    "a folder": (lambda path: path.mkdir(), "no regular file"),
+    "a folder": (lambda path: path.mkdir(), "directory"),
     "a pipe": (os.mkfifo, "no regular file"),
     "a socket": (sock, "no regular file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "outside"),
