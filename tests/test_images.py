@@ -76,7 +76,7 @@ def test_damage_is_an_error_that_names_the_file(tmp_path):
     os.mkdir(tmp_path / "folder.png")
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     for name in ("none.png", "folder.png", "pipe.png"):
-        with pytest.raises(ImageError, match=f"{name}: cannot be used: (No such|Is a dir|it is no)"):
+        with pytest.raises(ImageError, match=f"{name}: cannot be used: (No such|Is a|it is no)"):
             opened(tmp_path, name)
 
 

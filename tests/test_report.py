@@ -124,7 +124,7 @@ def test_the_three_probes_stand_side_by_side(complete):
         if all(r[k] == v for k, v in zip(r, in_print(*setting(entries[0])), strict=False))
     ]
     result = entries[0].result
-    for name, key in (("online", "val"), ("offline, fixed", "val_offline_fixed")):
+    for name, key in (("online", "val"), ("offline, fixed labels", "val_offline_fixed")):
         assert float(row[name]) == result[key]["auroc"]
     without = {k: v for k, v in result.items() if k != "val_offline_fixed"}  # an earlier release's
     older = dataclasses.replace(entries[0], result=without)

@@ -1,0 +1,96 @@
+"""Every score in a sentence of docs/findings.md stands in a table that its kept results give."""
+
+import csv
+import re
+
+import pytest
+from conftest import ROOT
+
+from common.study.grid import read_grid
+from common.study.report import write_report
+
+# Heading of the page: grid, kept runs.
+STUDIES = {
+    "## Choosing among settings without labels": ("label_free", "docs/results/label_free"),
+}
+WORDS = {  # as the page names them: as the tables do
+    "supervised": "supervised",
+    "BYOL": "byol",
+    "Barlow Twins": "barlow",
+    "SimCLR": "simclr",
+    "LeJEPA": "lejepa",
+    "DINO": "dino",
+    "MAE": "mae",
+    "random": "random",
+    "everything a defect": "everything a defect",
+    "pooled": "pooled",
+}
+SCORE = re.compile(r"(?<![\w.])[-−]?\.\d{2,3}\b")
+
+
+def section(heading):
+    page = (ROOT / "docs" / "findings.md").read_text()
+    return re.sub(r"```.*?```", "", page.split(heading)[1].split("\n## ")[0], flags=re.DOTALL)
+
+
+def parts(text):
+    """Sentences, and rows of tables, each with what is named in it or, of a sentence, before it."""
+    for paragraph in text.split("\n\n"):
+        if paragraph.lstrip().startswith("|"):
+            yield from paragraph.strip().splitlines()
+            continue
+        before = ""
+        for sentence in re.split(r"(?<=[.:;?])\s+(?=[A-Z`(])", " ".join(paragraph.split())):
+            yield f"{before} || {sentence}" if not named(sentence) else sentence
+            before = sentence
+
+
+def named(text):
+    return {name for word, name in WORDS.items() if word in text}
+
+
+def tables_of(folder):
+    """[(what a row is about, its numbers)] of every CSV of a report."""
+    rows = []
+    for path in folder.glob("*.csv"):
+        with open(path, newline="") as file:
+            for row in csv.reader(file):
+                numbers = [float(c) for c in row if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", c)]
+                rows.append((" ".join(row[:4]), numbers))
+    return rows
+
+
+def unfounded(text, rows):
+    """Scores of a text that stand in no row about what the sentence names; a sign may be turned."""
+    found = []
+    for part in parts(text):
+        about = named(part)
+        numbers = [n for label, of in rows if any(a in label for a in about) for n in of]
+        for shown in SCORE.findall(part.split(" || ")[-1]):
+            value, half = abs(float(shown.replace("−", "-"))), 0.5 * 10 ** -len(shown.split(".")[1])
+            if not any(abs(abs(n) - value) <= half + 1e-9 for n in numbers):
+                found.append((shown, part))
+    return found
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request, tmp_path_factory):
+    grid, kept = STUDIES[request.param]
+    folder = tmp_path_factory.mktemp(grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        runs = read_grid(f"configs/grid/{grid}.yaml", [f"run.output_dir={kept}"])
+        write_report(runs, folder, probe="offline")
+    return section(request.param), tables_of(folder)
+
+
+def test_every_score_stands_in_a_table(study):
+    text, rows = study
+    assert len(SCORE.findall(text)) > 20
+    assert not unfounded(text, rows)
+
+
+def test_a_score_that_is_made_up_is_found(study):
+    text, rows = study
+    shown = next(iter(SCORE.findall(text)))
+    assert unfounded(text.replace(shown, ".999", 1), rows)
