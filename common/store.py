@@ -59,12 +59,12 @@ class PackedStore:
             self._open()
             size = (self.path / IMAGES).stat().st_size
             whole = index_hash(self.settings, self.names, self.index)
+            is_whole = whole == self.settings["index_sha256"] and self.index.dtype == RECORD
         except UserError:
             raise
         except Exception as error:  # of damaged or forged bytes numpy may raise anything
             why = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(f"data.packed: {path} is no packed store ({why})") from None
-        is_whole = whole == self.settings["index_sha256"] and self.index.dtype == RECORD
         if not is_whole or size < (self.index["offset"] + self.index["length"]).max(initial=0):
             raise UserError(f"data.packed: {path} is damaged: copy or pack it again, elsewhere")
         self.packed = stored_hash(path)
