@@ -8,8 +8,10 @@ from common.annotations import read_annotations
 from common.augmentations import CropViews
 from common.data import batches, build_loaders, clean_loader
 from common.images import ImageFolder
+from common.pack import pack
 from common.running.errors import ImageError, UserError
 from common.sampler import EpochSampler
+from common.store import PackedStore
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -51,6 +53,18 @@ def test_loading_leaves_the_global_generator_alone(small):
     train_loader, val_loader = loaders(small, 0)
     list(batches(train_loader)), list(batches(val_loader))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_crops_larger_than_a_stores_images_are_told_before_a_run(small, tmp_path, capsys):
+    """Of 16 px and at least .4 of an image: sqrt(16^2 / .4) = 25.3 are wanted."""
+    root, *tables = small
+    names = np.concatenate([table.filename for table in tables])
+    for side, told in ((24, "want 26"), (25, None)):
+        pack(root, names, tmp_path / f"{side}", "raw", side)
+        capsys.readouterr()
+        loaders((PackedStore(tmp_path / f"{side}"), *tables), 0)
+        said = capsys.readouterr().err
+        assert ("enlarged" in said) == bool(told) and (told or "") in said
 
 
 def test_clean_images_come_once_and_in_order(small):

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import shutil
@@ -205,6 +206,22 @@ def test_a_folder_that_is_no_whole_store_is_refused(frames, tmp_path, spoil, tol
     spoil(tmp_path / "p")
     with pytest.raises(UserError, match=f"{tmp_path}/p.*{told}"):
         PackedStore(tmp_path / "p")
+
+
+def test_settings_that_lost_one_or_have_another_are_refused(frames, tmp_path):
+    pack(frames / "images", names(frames), tmp_path / "p", "raw", 60)
+    whole = read_json(tmp_path / "p/store.json")
+    needed = "format", "form", "quality", "short_side", "finished", "index_sha256"
+    assert set(needed) <= set(whole)
+    for key in needed:
+        for other in (None, [], "x"):
+            changed = {k: v for k, v in whole.items() if k != key or other is not None}
+            changed |= {key: other} if other is not None else {}
+            if (key, other) == ("finished", "x"):
+                continue  # as good as true
+            (tmp_path / "p/store.json").write_text(json.dumps(changed))
+            with pytest.raises(UserError, match=f"{tmp_path}/p"):
+                PackedStore(tmp_path / "p")
 
 
 def test_a_folder_of_something_else_is_left_alone(frames, tmp_path, monkeypatch):

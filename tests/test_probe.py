@@ -6,7 +6,7 @@ from conftest import on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from common.offline_probe import apply_probe, fit_logistic, offline_probe
+from common.offline_probe import _folds, apply_probe, fit_logistic, offline_probe
 from common.probe import LinearProbe, RunningScores, pos_weight
 
 
@@ -183,6 +183,38 @@ def test_the_offline_probe_ranks_unseen_images_and_chooses_l2_on_train_alone():
     torch.testing.assert_close(logits, expected)
     constant = torch.cat([x[:300], torch.ones(300, 1)], dim=1)
     assert torch.isfinite(offline_probe(constant, y[:300], 1.0, 1)[0]).all()
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3, 3.0])
+def test_l2_is_the_one_with_the_lowest_loss_on_rows_held_out(signal):
+    """Of noise alone a strong one, which on the rows of the fit itself would be the worst."""
+    g = torch.manual_seed(5)
+    x = torch.randn(120, 40, generator=g).double()
+    y = (signal * x[:, 0] + torch.randn(120, generator=g) > 0.5).double()
+    _, fit = offline_probe(x, y, 2.0, 1)
+    x = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
+    fold, folds = _folds(y.numpy(), 1)
+    weight, losses = np.where(y == 1, 2.0, 1.0), {}
+    for l2 in (10.0**e for e in range(1, -7, -1)):
+        losses[l2] = 0.0
+        for k in range(folds):
+            kept, out = (fold != k).numpy(), (fold == k).numpy()
+            theirs = LogisticRegression(C=1 / (l2 * kept.sum()), tol=1e-6, max_iter=10000)
+            theirs.fit(x.numpy()[kept], y.numpy()[kept], sample_weight=weight[kept])
+            of = torch.from_numpy(theirs.decision_function(x.numpy()[out])), y[out]
+            losses[l2] += float(
+                F.binary_cross_entropy_with_logits(*of, weight=torch.from_numpy(weight[out]))
+            )
+    assert fit["l2"] == min(losses, key=losses.get)
+    assert folds == 5 and (signal or fit["l2"] >= 1) and (signal < 3 or fit["l2"] < 1)
+
+
+def test_folds_part_the_rows_of_each_class():
+    y = np.array([1] * 7 + [0] * 23)
+    fold, folds = _folds(y, 3)
+    assert folds == 5 and np.bincount(fold[y == 1]).tolist() == [2, 2, 1, 1, 1]
+    assert sorted(np.bincount(fold[y == 0])) == [4, 4, 5, 5, 5]
+    assert not torch.equal(fold, _folds(y, 4)[0])
 
 
 def test_too_few_rows_for_a_fit_are_said():

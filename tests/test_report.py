@@ -14,12 +14,21 @@ from small import make_narrow, make_up, read_log
 from small import run as trained
 
 import lejepa
-from common.metrics import at_prevalence
+from common.metrics import METRICS, all_scores, at_prevalence
 from common.running.config import read_config
 from common.running.errors import UserError
 from common.running.folder import read_json, write_json
+from common.study.classes import class_recall
 from common.study.cost import TimeLeft
 from common.study.evaluate import draw_subsets, load_scores
+from common.study.figures import (
+    augmentation,
+    heatmaps,
+    measures_against_f1,
+    over_epochs,
+    prevalence_curves,
+    recall_by_class,
+)
 from common.study.grid import read_grid
 from common.study.measures import MEASURES, measures, rank_correlations, scaled_loss, target
 from common.study.measures import runs as runs_of_settings
@@ -28,13 +37,22 @@ from common.study.report import write_report
 from common.study.results import (
     Estimate,
     Finished,
+    _over_seeds,
     collect,
     difference,
     estimate,
     paper_values,
     with_variants,
 )
-from common.study.tables import in_print, normal_only, performance, probes, resolution, setting
+from common.study.tables import (
+    SETTING,
+    in_print,
+    normal_only,
+    performance,
+    probes,
+    resolution,
+    setting,
+)
 
 PAPER = ROOT / "configs/grid/paper.yaml"
 RNG = np.random.default_rng(0)
@@ -168,6 +186,122 @@ def test_numbers_stand_beside_the_papers(complete):
     assert latex.count(r"\\") == len(rows) + 1 and "45 \\%" in latex
 
 
+def test_every_score_of_a_table_is_the_runs(complete):
+    """Of each setting, metric and prevalence; at one seed no mean is taken."""
+    runs, folder = complete
+    entries = [e for e in collect(runs)[0] if {"methods", "random"} & set(e.run.groups)]
+    assert len(entries) == 13 * 2
+    tables = {name: read_csv(folder / f"{name}.csv") for name in ("matrix", "class_recall")}
+    for split in ("train", "val"):
+        tables[split] = read_csv(folder / f"performance_{split}.csv")
+    for entry in entries:
+        keys = dict(zip(SETTING, in_print(*setting(entry)), strict=True))
+        of = {name: [r for r in rows if keys.items() <= r.items()] for name, rows in tables.items()}
+        with np.load(entry.run.folder / "val_scores.npz") as stored:
+            logit, label, classes = (stored[name] for name in ("logit", "label", "classes"))
+            how = logit, label, classes, list(map(str, stored["class_names"]))
+        for split in ("train", "val"):
+            (row,) = of[split]
+            same_number(row, entry.result[split])
+        assert len(of["matrix"]) == 5
+        for row, p in zip(of["matrix"], (0.01, 0.02, 0.05, 0.15, 0.45), strict=True):
+            assert row["defects in validation"] == f"{100 * p:g} %"
+            same_number(row, all_scores(*how, p))
+        for row, is_of in zip(of["class_recall"], classes.T.astype(bool), strict=True):
+            recall = (logit[is_of & (label == 1)] >= 0).mean()
+            assert float(row["recall"]) == pytest.approx(recall)
+            assert int(row["in validation"]) == (is_of & (label == 1)).sum()
+    sizes = read_csv(folder / "resolution.csv")
+    for entry in (e for e in collect(runs)[0] if "resolution" in e.run.groups):
+        pixels, backbone = entry.run.cfg.data.image_size, in_print(*setting(entry))[0]
+        at = [r for r in sizes if (r["pixels"], r["backbone"]) == (str(pixels), backbone)]
+        (row,) = [r for r in at if r["defects in training"] == in_print(*setting(entry))[2]]
+        assert float(row["F1"]) == entry.result["val"]["f1"]
+        assert float(row["minutes an epoch"]) == pytest.approx(0.1)  # 60 s for 10 epochs
+
+
+def same_number(row, scores):
+    for metric, name in METRICS.items():
+        assert (float(row[name]) if row[name] else None) == pytest.approx(scores[metric]), name
+
+
+def drawn(complete):
+    runs, _ = complete
+    return [e for e in collect(runs)[0] if is_main(e, "resnet18", e.proportion)]
+
+
+def test_a_heatmap_shows_the_scores(complete):
+    entries = drawn(complete)
+    axes = heatmaps(entries, ["f1", "f2_ciw_strict"]).axes[:2]
+    names = [text.get_text() for text in axes[0].get_yticklabels()]
+    assert names == [f"{e.method} {100 * e.proportion:g} %" for e in entries] and len(names) == 12
+    for axis, metric in zip(axes, ("f1", "f2_ciw_strict"), strict=True):
+        shown = np.array(axis.get_images()[0].get_array())
+        written = np.reshape([text.get_text() for text in axis.texts], shown.shape)
+        for i, e in enumerate(entries):
+            expected = [100 * e.scores.at(p)[metric] for p in (0.01, 0.02, 0.05, 0.15, 0.45)]
+            assert shown[i].tolist() == pytest.approx(expected)
+            assert written[i].tolist() == [f"{x:.1f}" for x in expected]
+
+
+def test_curves_show_the_scores(complete):
+    entries = drawn(complete)
+    figure = prevalence_curves(entries)
+    assert len(figure.axes) == 2
+    for axis, proportion in zip(figure.axes, (0.05, 0.45), strict=True):
+        assert axis.get_title().endswith(f"{100 * proportion:g} %")
+        lines = {k: v for k, v in lines_of(axis).items() if not k.startswith("_")}
+        x, y = np.transpose(lines.pop("everything a defect"))
+        precision = x  # recall is 1
+        assert y == pytest.approx(2 * precision / (1 + precision))
+        assert set(lines) == {e.method for e in entries}
+        for e in (e for e in entries if e.proportion == proportion):
+            x, y = np.transpose(lines[e.method])
+            assert y == pytest.approx([e.scores.at(p)["f1"] for p in x])
+
+
+def test_measures_are_drawn_over_epochs_and_against_scores(complete):
+    entries = drawn(complete)[:2]
+    figure = over_epochs(entries)
+    keys = ["rankme_embeddings", "mean_features", "std_features"]
+    keys += ["mean_embeddings", "std_embeddings"]
+    for axis, key in zip(figure.axes, keys, strict=True):
+        for line, e in zip(axis.get_lines(), entries, strict=True):
+            log = [r for r in read_log(e.run.folder) if r["kind"] == "epoch"]
+            expected = [[r["epoch"] + 1, r[f"label_free_{key}"]] for r in log]
+            assert line.get_xydata().tolist() == expected and len(expected) == 2
+    axes = np.reshape(measures_against_f1(entries).axes, (2, 3))
+    keys = ["rankme_embeddings", "rankme_features", "std_embeddings"]
+    for column, key in zip(axes.T, keys, strict=True):
+        shares = [e.result["label_free"][key] for e in entries]
+        shares = [x / 128 if "rankme" in key else x for x in shares]
+        for axis, split in zip(column, ("train", "val"), strict=True):
+            points = [scatter.get_offsets()[0].tolist() for scatter in axis.collections]
+            f1 = [e.result[split]["f1"] for e in entries]
+            assert points == [pytest.approx(point) for point in zip(shares, f1, strict=True)]
+
+
+def test_augmentations_and_classes_are_drawn_where_they_belong(complete):
+    runs, _ = complete
+    entries = [e for e in collect(runs)[0] if "augmentation" in e.run.groups]
+    axis = augmentation(entries).axes[0]
+    shown = np.array(axis.get_images()[0].get_array())
+    xs, ys = (
+        [float(t.get_text()) for t in f()] for f in (axis.get_xticklabels, axis.get_yticklabels)
+    )
+    assert xs == sorted(xs) and ys == sorted(ys) and shown.shape == (len(ys), len(xs))
+    for e in entries:
+        aug = e.run.cfg.augmentation
+        at = ys.index(aug.t_val), xs.index(aug.min_scale)
+        assert shown[at] == pytest.approx(e.result["val"]["f1"])
+    entries = drawn(complete)[:1]
+    rows = class_recall(entries).rows
+    (axis,) = recall_by_class(entries, rows).axes
+    points = [scatter.get_offsets()[0].tolist() for scatter in axis.collections]
+    counts = entries[0].class_counts()
+    assert points == [[counts[row[4]] + 1, pytest.approx(row[7])] for row in rows] and points
+
+
 def test_an_incomplete_or_broken_grid_gives_what_is_there_and_names_the_gaps(tmp_path, tiny_set):
     runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45")
     runs = [run for run in runs if set(run.groups) & {"methods", "random"}]
@@ -235,6 +369,15 @@ def test_over_seeds_there_is_a_mean_and_a_t_interval(tmp_path, tiny_set):
     assert (found.low, found.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
     (row, _) = performance(finished, "val").rows
     assert row[3] == 3 and str(row[6]) == str(found)
+
+
+def test_intervals_over_any_number_of_seeds_are_students():
+    for n in range(2, 31):
+        values = np.random.default_rng(n).normal(size=n)
+        low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+        found = _over_seeds(list(values))
+        assert (found.mean, found.seeds) == (pytest.approx(values.mean()), n)
+        assert found.high - found.low == pytest.approx(high - low, rel=0.002)
 
 
 def test_pairs_of_runs_are_compared_on_the_same_images(complete):
@@ -410,6 +553,32 @@ def test_every_measure_of_a_run_is_in_the_table(tmp_path, tiny_set):
     named = dict(zip(runs_of_settings(entries[:1]).header, row, strict=True))
     steps = [r for r in read_log(folder, "step") if r["epoch"] == result["epochs"] - 1]
     assert named["sigreg"] == pytest.approx(np.mean([r["diagnostics"]["sigreg"] for r in steps]))
+
+
+GOOD = {  # which end should be good, as their authors say: 1 high, -1 low, 0 near 1
+    **{"RankMe": 1, "RankMe, centred": 1, "stable rank": 1, "participation ratio": 1},
+    **{"alpha-ReQ, ranks 4 to 100": 0, "alpha-ReQ, all ranks": 0, "std": 1, "LiDAR": 1},
+    **{"alignment": -1, "uniformity": -1, "SIGReg": -1, "training loss": -1},
+    **{"loss on held-out views": -1, "AUROC of knn": 1, "AUROC of Mahalanobis": 1},
+    **{"margin of classes": 1, "purity of neighbours": 1},
+}
+
+
+def test_measures_are_turned_so_that_more_should_be_better():
+    names = [re.sub(", (features|embeddings)(, defects alone)?$", "", m.name) for m in MEASURES]
+    assert set(names) == set(GOOD)
+    for name, measure in zip(names, MEASURES, strict=True):
+        found = {}
+        for value in (0.4, 0.9, 1.3):
+            number = {measure.key: value, f"{measure.key.removesuffix('_centred')}_largest": 1}
+            for part in reversed(measure.part.split(".")):
+                number = {part: number}
+            log = [number.get("log", {})]
+            found[value] = measure.goodness(
+                SimpleNamespace(result=number, epochs=lambda of=log: of)
+            )
+        order = {1: [0.4, 0.9, 1.3], -1: [1.3, 0.9, 0.4], 0: [0.4, 1.3, 0.9]}[GOOD[name]]
+        assert sorted(found, key=found.get) == order, measure.name
 
 
 def test_a_measure_that_the_best_run_lacks_does_not_look_perfect(tmp_path, tiny_set):

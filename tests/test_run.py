@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_set
-from small import run
+from small import run, stop_at
 
 import common.data
 import common.running.process
 from common.offline_probe import apply_probe
+from common.running.checkpoint import read_checkpoint, save_checkpoint
 from common.running.folder import read_json, write_config
 from common.running.schema import read_yaml
 
@@ -72,6 +73,41 @@ def test_the_resolved_config_is_read_back_as_it_was(tmp_path):
     values = {"data": dict(zip("abcdefghij", texts, strict=True)), "x": [1e-6, 0.5, 3, True, None]}
     write_config(tmp_path, values)
     assert read_yaml(tmp_path / "config.yaml") == values
+
+
+def stopped(folder, tiny_set, monkeypatch, at, *how):
+    """A run that was stopped after `at` steps; its folder."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_at(patch, at)
+        run(METHOD, folder, tiny_set, "run", *how)
+    assert stop.value.code == 75
+    return folder / "run"
+
+
+def test_time_goes_on_where_a_run_was_stopped(tmp_path, tiny_set, monkeypatch):
+    folder = stopped(tmp_path, tiny_set, monkeypatch, 3)
+    saved = read_checkpoint(folder / "last.pt")
+    assert 0 < saved["train_seconds"] < saved["seconds"]
+    save_checkpoint(folder, saved | {"seconds": 5000.0, "train_seconds": 4000.0})
+    run(METHOD, tmp_path, tiny_set, "run")
+    result = read_json(folder / "result.json")
+    assert 5000 < result["seconds"] < 6000
+    assert 96 / 5000 < result["samples_per_second"] < 96 / 4000  # of 6 steps of 16
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_checkpoint_gone_on_from_outlives_the_next_save(
+    damaged, tmp_path, tiny_set, monkeypatch
+):
+    how = ["run.checkpoint_every_steps=1"]
+    folder = stopped(tmp_path, tiny_set, monkeypatch, 3, *how)
+    from_step = 2 if damaged else 3
+    if damaged:
+        (folder / "last.pt").write_bytes(b"junk")
+    assert read_checkpoint(folder / "prev.pt")["step"] == 2
+    stopped(tmp_path, tiny_set, monkeypatch, from_step + 1, *how)
+    steps = [read_checkpoint(folder / name)["step"] for name in ("prev.pt", "last.pt")]
+    assert steps == [from_step, from_step + 1]
 
 
 def test_without_any_label_there_are_features_but_no_scores(tmp_path):

@@ -218,7 +218,8 @@ def difference(entries, others, metric):
 def _over_seeds(values):
     """Mean of several with its 95 % interval, by t."""
     n, mean = len(values), float(np.mean(values))
-    t = T_VALUES[n - 2] if n - 2 < len(T_VALUES) else 1.96 + 2.4 / (n - 1)
+    df = n - 1  # of more, the expansion of Abramowitz and Stegun, 26.7.5
+    t = T_VALUES[df - 1] if df <= len(T_VALUES) else 1.96 + 2.372 / df + 2.823 / df**2
     half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
 

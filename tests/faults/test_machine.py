@@ -36,6 +36,18 @@ CASES = {  # what is raised: part of what is said, whether the same command may 
         "/dev/shm",
         False,
     ),
+    "a worker": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        "pid 7",
+        True,
+    ),
+    "a worker, of a pipe": (EOFError(), "in the midst of a batch", True),
+    "a worker, reset": (ConnectionResetError(104, "Connection reset by peer"), "has died", True),
+    "a rank": (
+        RuntimeError("Timed out waiting 8000ms for recv operation to complete"),
+        "another rank hangs, or is gone",
+        True,
+    ),
     "memory": (MemoryError("Unable to allocate 8.00 TiB for an array"), "8.00 TiB", False),
     "memory of torch": (
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
@@ -72,6 +84,8 @@ def test_other_errors_are_left_alone():
         ValueError("memory"),
     ):
         assert explain(error) is None
+    for word in ("Timed out waiting", "shared memory"):  # of whoever says so, but not of torch
+        assert explain(ValueError(f"the words {word}")) is None
     assert isinstance(explain(CASES["quota"][0]), FaultError)
     assert isinstance(explain(CASES["memory"][0]), UserError)
 

@@ -39,12 +39,16 @@ def make(path, kind):
         path.mkdir()
 
 
+class Waits(BaseException):
+    """No Exception: of damaged bytes readers expect any, and would tell it as one."""
+
+
 @contextlib.contextmanager
 def at_once(seconds=60):
     """Fails what waits: it would for ever, so any limit does."""
 
     def fail(*_):
-        raise AssertionError("it waits")
+        raise Waits
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
@@ -105,6 +109,13 @@ def test_what_is_read_on_the_side(kind, tmp_path):
         assert read_json(tmp_path / "x.csv.part") is None
         data = type("Data", (), {"train_csv": tmp_path / "x.csv.part", "val_csv": "/none"})
         assert csv_hashes(data) == {"train_csv": None, "val_csv": None}
+
+
+def test_what_waits_is_seen(tmp_path):
+    make(tmp_path / "x.csv", "pipe")
+    with pytest.raises(Waits), at_once(1), contextlib.suppress(Exception):
+        open(tmp_path / "x.csv", "rb")
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_a_regular_file_is_one(tmp_path):

@@ -13,7 +13,7 @@ from small import arguments, outcome
 from common.running.folder import read_json
 
 pytestmark = pytest.mark.usefixtures("narrow")
-LIMIT = 60  # seconds until all ranks are gone; measured: under 15
+LIMIT = 180  # seconds until all ranks are gone; measured: under 15, on a busy machine under 45
 HOW = ["run.checkpoint_every_steps=2", "optimization.batch_size=12"]
 
 FAULT = """
