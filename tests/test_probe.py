@@ -6,7 +6,15 @@ from conftest import on_ranks
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from common.offline_probe import _folds, apply_probe, fit_logistic, offline_probe
+import common.offline_probe
+from common.offline_probe import (
+    L2_GRID,
+    _choose_l2,
+    _folds,
+    apply_probe,
+    fit_logistic,
+    offline_probe,
+)
 from common.probe import LinearProbe, RunningScores, pos_weight
 
 
@@ -207,6 +215,20 @@ def test_l2_is_the_one_with_the_lowest_loss_on_rows_held_out(signal):
             )
     assert fit["l2"] == min(losses, key=losses.get)
     assert folds == 5 and (signal or fit["l2"] >= 1) and (signal < 3 or fit["l2"] < 1)
+
+
+def test_the_search_for_l2_ends_where_two_in_a_row_were_no_better(monkeypatch):
+    biases = dict(zip(L2_GRID, [3, 2, 2.5, 1, 1.2, 1.3, 0.5, 0], strict=True))
+    tried = []
+
+    def fit(x, y, l2, *_):
+        tried.append(l2)
+        return torch.tensor([0.0, biases[l2]], dtype=torch.float64), True
+
+    monkeypatch.setattr(common.offline_probe, "fit_logistic", fit)
+    x, y = torch.randn(20, 1).double(), torch.tensor([0.0, 1.0] * 10).double()
+    assert _choose_l2(x, y, 1.0, 0) == L2_GRID[3]
+    assert list(dict.fromkeys(tried)) == list(L2_GRID[:6])
 
 
 def test_folds_part_the_rows_of_each_class():
