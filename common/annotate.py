@@ -44,8 +44,9 @@ def classes_of(names, normal=None):
     folders = sorted({kind for kind in kinds if kind is not None})
     if not folders:
         return kinds, None
-    known = [normal] if normal else NORMAL_NAMES
-    found = [kind for kind in folders if kind == normal or kind.lower() in known]
+    found = [kind for kind in folders if kind == normal]
+    known = [normal.lower()] if normal else NORMAL_NAMES
+    found = found or [kind for kind in folders if kind.lower() in known]
     if reserved := [kind for kind in folders if kind in NOT_CLASSES]:
         raise UserError(f"folder {reserved[0]}: a column of that name has a meaning of its own")
     if len(found) != 1:
@@ -122,7 +123,7 @@ def _digests(root, names):
     return digests
 
 
-def make_csvs(folder, out, normal=None, val_share=0.3, pattern=None):
+def make_csvs(folder, out, normal, val_share, pattern):
     """train.csv and val.csv of a folder, a column a class of defects.
 
     Returns their paths and {name: why} of what could not be used.
@@ -196,6 +197,10 @@ def main(argv=None):
         except re.error as error:
             raise UserError(f"--group: {args.group!r} is no regular expression: {error}") from None
     if args.check:
+        if len(args.check) > 2:
+            raise UserError(
+                f"--check: a train.csv and a val.csv, or one CSV; got {len(args.check)}"
+            )
         check(args.folder, args.check, halves(pattern))
         return
     paths, unusable = [os.path.join(args.out, name) for name in (TRAIN, VAL)], {}

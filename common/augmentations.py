@@ -23,7 +23,7 @@ MEAN = (0.523, 0.453, 0.345)
 STD = (0.210, 0.199, 0.154)
 
 ASPECT_RATIO = (3 / 4, 4 / 3)  # of a crop; torchvision's default, as the study
-BRIGHTNESS, CONTRAST, SATURATION, HUE, FLIP = range(5)  # columns of the factors
+FLIP = 4  # column of the factors, behind those of the four colour operations
 
 
 def _array(image):

@@ -2,6 +2,8 @@
 
 import timm
 
+TIMM = {"resnet18": "resnet18", "vit_tiny": "vit_tiny_patch16_224"}  # our name: timm's
+
 
 def build_backbone(name, image_size, patch_size=None, num_heads=None):
     """name: resnet18 | vit_tiny; image_size: pixels. Returns (module, D): (B, 3, S, S) -> (B, D).
@@ -12,13 +14,11 @@ def build_backbone(name, image_size, patch_size=None, num_heads=None):
     multiple of patch_size (None: 16).
     """
     if name == "resnet18":
-        module = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
+        module = timm.create_model(TIMM[name], num_classes=0, zero_init_last=False)
     elif name == "vit_tiny":
         how = {"patch_size": patch_size, "num_heads": num_heads}
         how = {key: value for key, value in how.items() if value is not None}
-        module = timm.create_model(
-            "vit_tiny_patch16_224", num_classes=0, img_size=image_size, **how
-        )
+        module = timm.create_model(TIMM[name], num_classes=0, img_size=image_size, **how)
     else:
-        raise ValueError(f"backbone {name!r} is neither resnet18 nor vit_tiny")
+        raise ValueError(f"backbone {name!r}: not one of {', '.join(TIMM)}")
     return module, module.num_features

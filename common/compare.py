@@ -45,6 +45,7 @@ OF = {"own": "", "fixed": ", fixed labels", "knn": ", knn", "mahalanobis": ", Ma
 LABELS = [METRICS[key] + OF[which] for which, key in SHOWN]
 FROZEN = {"random": "random encoder", "pretrained": "pretrained encoder"}  # methods in print
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
+COLUMNS = 8  # images of a strip
 BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
 
 
@@ -167,7 +168,7 @@ def _show_images(axes, title, rows, logits, val, images):
     axes[0].set_title(title, loc="left", fontsize=11)
 
 
-def picture(entries, val, images, path, columns=8):
+def picture(entries, val, images, path):
     """Bars of the scores, then images that the last run with scores ranks well and badly."""
     known = [entry for entry in entries if np.isfinite(entry.logits).all()]
     last, label = known[-1], val["label"]  # there always is one: all-defect
@@ -175,7 +176,7 @@ def picture(entries, val, images, path, columns=8):
     defects, normals = order[label[order] == 1], order[label[order] == 0]
     figure = plt.figure(figsize=(13, 9.5))
     grid = figure.add_gridspec(
-        *(4, columns), height_ratios=(1.9, 1, 1, 1), hspace=0.35, wspace=0.06
+        *(4, COLUMNS), height_ratios=(1.9, 1, 1, 1), hspace=0.35, wspace=0.06
     )
     grid.update(left=0.05, right=0.99, top=0.97, bottom=0.04)
     bars = figure.add_subplot(grid[0, :])
@@ -192,12 +193,12 @@ def picture(entries, val, images, path, columns=8):
     bars.spines[["top", "right"]].set_visible(False)
     legend = "logit, true classes; frame: orange = defect, blue = normal"
     strips = (
-        (f"Most likely defects, says {last.name} ({legend})", order[:columns]),
-        ("Defects it would miss first", defects[::-1][:columns]),
-        ("Normal images it would raise a false alarm for first", normals[:columns]),
+        (f"Most likely defects, says {last.name} ({legend})", order[:COLUMNS]),
+        ("Defects it would miss first", defects[::-1][:COLUMNS]),
+        ("Normal images it would raise a false alarm for first", normals[:COLUMNS]),
     )
     for i, (title, rows) in enumerate(strips):
-        axes = [figure.add_subplot(grid[i + 1, c]) for c in range(columns)]
+        axes = [figure.add_subplot(grid[i + 1, c]) for c in range(COLUMNS)]
         _show_images(axes, title, rows, last.logits, val, images)
     figure.savefig(path, dpi=110)
     plt.close(figure)

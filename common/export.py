@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.augmentations import MEAN, STD, ColorJitterNormalize
+from common.backbones import TIMM
 from common.inspection.listing import must_be_new
 from common.inspection.trained import Trained
 from common.normal_only import NAMES
@@ -30,7 +31,6 @@ from common.running.progress import say
 from common.running.schema import path_argument
 
 ENCODER, PROBE, CARD, ONNX = "encoder.safetensors", "probe.safetensors", "README.md", "model.onnx"
-TIMM = {"resnet18": "resnet18", "vit_tiny": "vit_tiny_patch16_224"}
 TOLERANCE = 1e-4  # of ONNX against torch, of the largest value
 DATA = ("train_defect_proportion", "fraction", "subset_size", "labels", "image_size")
 CARD_TEXT = """---

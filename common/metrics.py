@@ -1,7 +1,7 @@
 """All scores from logits, labels and classes, as they are or at any other prevalence.
 
 A defect is the positive (1), a normal the negative (0); rows labelled -1 are left out. Arrays are
-numpy or CPU tensors. Counts are int64, everything else float64. A score that the data cannot give
+numpy or CPU tensors. Counts are exact, everything is float64. A score that the data cannot give
 is None, and `undefined` of the result says why: never 0.0, which would look like a bad score.
 
 Deviation: F2_CIW: the study's cannot see a false alarm; f2_ciw_strict, which can, stands beside it.

@@ -68,7 +68,7 @@ class NormalReference:
             return
         x = self.features.double()
         self._mean = x.mean(dim=0)
-        covariance, self.shrinkage = ledoit_wolf(x - self._mean)
+        covariance, _ = ledoit_wolf(x - self._mean)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed or not covariance.trace() > 0:
             self.why = f"the features of the {n} normal training images are all alike"

@@ -137,9 +137,10 @@ class Scoring:
     def _fixed_views(self, model, loss_of):
         """Augmented views of the first VIEW_IMAGES fixed rows of val, in eval mode.
 
-        Drawn as in training, over as many epochs as give VIEWS, whatever the batches and ranks.
-        Returns (features (V, n, D), embeddings (V, n, K)), and the mean of the method's loss over
-        whole batches of the run's size, or None. n is 0 where there is no image for each rank.
+        Drawn as in training, over as many epochs as give VIEWS or more, whatever the batches and
+        ranks. Returns (features (V, n, D), embeddings (V, n, K)), and the mean of the method's loss
+        over whole batches of the run's size (one of all images, where they are fewer), or None. n
+        is 0 where there is no image for each rank.
         """
         loader, rows = self.val_loader, fixed_rows(len(self.val), VIEW_IMAGES)
         crops = copy.copy(self.crops)
@@ -148,7 +149,7 @@ class Scoring:
         if not share:
             return [torch.zeros(VIEWS, 0, 1)] * 2, None
         rows = rows[self.rank * share :][:share].tolist()
-        size, epochs = max(min(loader.batch_size, share), 1), range(VIEWS // crops.num_views)
+        size, epochs = max(min(loader.batch_size, share), 1), range(-(-VIEWS // crops.num_views))
         parts = [rows[at : at + size] for at in range(0, share, size)]
         keys = [[(epoch, row) for row in part] for part in parts for epoch in epochs]
         images = TrainImages(loader.dataset.images, self.val, crops)

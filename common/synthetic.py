@@ -15,7 +15,6 @@ nothing about scores on Sewer-ML.
 
 import argparse
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.annotations import CLASS_IMPORTANCE
+from common.data import cores
+from common.running.folder import write_atomically
 from common.running.progress import Progress
 from common.running.schema import path_argument
-from common.sets.sewer_frame import render
+from common.sets.sewer_frame import CLASSES, render
 
 VERSION = 1  # raise it when the same arguments would give other images
-CLASSES = tuple(CLASS_IMPORTANCE)
 HEADER = ["Filename", "WaterLevel", "VA", *CLASSES, "ND", "Defect"]
 DEFECT_SHARE = {"Train": 0.4685, "Val": 0.4719}  # as in Sewer-ML
 CLASS_WEIGHTS = dict(
@@ -99,21 +98,20 @@ def generate(out, train, val, size, seed):
         lines = [",".join(HEADER) + "\n", *(csv_line(row) for row in rows if row.split == split)]
         files[out / f"SewerML_{split}.csv"] = "".join(lines)
     files[out / "synthetic.json"] = json.dumps(made) + "\n"  # last: it says that all is written
-    same = [path.read_text() == text for path, text in files.items() if path.exists()]
+    same = [path.read_text("utf-8") == text for path, text in files.items() if path.exists()]
     if same == [True] * len(files):
         return False
     if not all(same):
         raise ValueError(f"{out} already holds another data set; choose another directory.")
     (out / "images").mkdir(parents=True, exist_ok=True)
     job = partial(write_image, folder=out / "images", size=size, seed=seed)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cores()) as pool:
         progress = Progress(len(rows), "drawing", "images")
         for _ in pool.map(job, rows, chunksize=16):
             progress.update()
         progress.close()
     for path, text in files.items():
-        path.with_suffix(".part").write_text(text)
-        path.with_suffix(".part").replace(path)
+        write_atomically(path, text)
     return True
 
 

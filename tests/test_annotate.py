@@ -89,6 +89,7 @@ def test_what_folders_are():
     names = ["a/x.png", "Good/y.png", "z.png", "a/b/w.png"]
     assert classes_of(names) == (["a", "Good", None, "a"], "Good")
     assert classes_of(names, "a") == (["a", "Good", None, "a"], "a")
+    assert classes_of(["OK/x", "ok/y"], "ok") == (["OK", "ok"], "ok")  # OK is a class of Sewer-ML
     assert classes_of(["x.png"]) == ([None], None)
     for wrong, normal in ((["a/x", "b/y"], None), (["ok/x", "good/y"], None), (names, "none")):
         with pytest.raises(UserError, match="--normal.*; which of these"):
@@ -261,6 +262,7 @@ def test_wrong_calls(classes, tmp_path, capsys):
     for words, why in (
         ((classes,), "either --out or --check"),
         ((classes, "--out", tmp_path / "o", "--check", "x.csv"), "either --out or --check"),
+        ((classes, "--check", "a.csv", "b.csv", "c.csv"), "got 3"),
         ((classes, "--out", tmp_path / "o", "--group", "("), "no regular expression"),
         ((classes, "--out", tmp_path / "o", "--normal", "fine"), "crack, good, hole"),
         ((tmp_path / "none", "--out", tmp_path / "o"), "no such file or folder"),
@@ -298,10 +300,12 @@ def test_unlabelled_images_beside_classes_are_for_training(classes, tmp_path):
     assert (train.defect == -1).sum() == 20 and (val.defect >= 0).all()
 
 
-def test_marks_of_another_folder_are_refused(classes, tmp_path, capsys):
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])  # a spreadsheet's
+def test_marks_of_another_folder_are_refused(delimiter, classes, tmp_path, capsys):
     assert call(classes, "--out", tmp_path / "out") == 0
     name = next(iter(rows_of(tmp_path / "out" / "train.csv")))
     for root, code in ((tmp_path, 2), (classes, 0), ("", 0)):
-        (tmp_path / "l.csv").write_text(f"Filename,Defect,Root\n{name},1,{root}\n")
+        text = f"Filename,Defect,Root\n{name},1,{root}\n".replace(",", delimiter)
+        (tmp_path / "l.csv").write_text(text)
         assert call(classes, "--out", tmp_path / "out", "--labels", tmp_path / "l.csv") == code
         assert (code == 2) == ("marks of images in" in capsys.readouterr().err)

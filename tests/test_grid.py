@@ -252,6 +252,9 @@ def test_unlabelled_images_count_for_whoever_trains_on_them(tmp_path, tiny_set):
     epochs = runs[0].cfg.optimization.epochs
     assert [left._count(run) / epochs for run in runs] == [64, 56]
     assert [left._count(run) / epochs for run in runs[::-1]] == [56, 64]
+    frozen = read_grid(path, [*overrides, "run.frozen_encoder=true"])  # sees what has no label, too
+    for left in (TimeLeft(frozen), TimeLeft(runs + frozen)):
+        assert [left._count(run) / epochs for run in frozen] == [64, 64]
 
 
 def door(*args, **kwargs):

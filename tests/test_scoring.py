@@ -73,6 +73,12 @@ def test_one_view_an_image_gives_as_many(folder):
     assert h.shape == (VIEWS, 24, 3)
 
 
+@pytest.mark.parametrize(("num_views", "views"), [(3, 12), (12, 12), (4, 12)])
+def test_a_fork_with_more_views_has_at_least_as_many(folder, num_views, views):
+    h, z, loss = fixed_views(folder, 8, num_views=num_views)
+    assert h.shape[:2] == z.shape[:2] == (views, 24) and h.isfinite().all() and loss is not None
+
+
 def test_fewer_images_than_ranks_give_none(folder, tmp_path):
     for h, z, loss in on_ranks(2, tmp_path / "ranks", of_rank, folder, 4, 3, 2, 1):
         assert h.shape[1] == z.shape[1] == 0 and loss == 0

@@ -33,7 +33,7 @@ def made(tmp_path_factory):
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic.os, "cpu_count", lambda: 1)  # other workers, same bytes
+    monkeypatch.setattr(synthetic, "cores", lambda: 1)  # other workers, same bytes
     generate(tmp_path / "again", 24, 12, 32, 5)
     generate(tmp_path / "other", 24, 12, 32, 6)
     assert contents(tmp_path / "again") == contents(made)

@@ -34,7 +34,9 @@ def read_marks(path):
 def _roots(path):
     """Which folders the marked images lay in when they were scored, real paths."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        roots = {row.get("Root") for row in csv.DictReader(file)}
+        delimiter, names = read_header(path, file)
+        rows = csv.DictReader(file, names, delimiter=delimiter)
+        roots = {row.get("Root") for row in itertools.islice(rows, 1, None)}
     return {os.path.realpath(root) for root in roots if root}
 
 

@@ -108,7 +108,7 @@ def check(folder, csvs, half):
     # Without folders: they may be named after the class, and so be no cue but the label itself.
     everyone = {os.path.basename(table.name(row)) for table, rows in known for row in rows}
     order, sides = {name: float(i) for i, name in enumerate(sorted(everyone))}, []
-    for table, rows in known[:2]:
+    for table, rows in known:
         rows = rows[stratified_sample(table.defect[rows], MOST_IMAGES, 0, CUE_SAMPLE)]
         progress, cues, pixels, used = Progress(len(rows), "looking for cues", "images"), [], [], []
         for row in rows:

@@ -120,7 +120,7 @@ def is_whole(out, files):
     """Whether folder out holds these CSVs and every image that they name."""
     names = re.findall(r"^.+?\.png", "".join(files.values()), re.MULTILINE)
     whole = all((out / name).is_file() for name in [*files, *(f"images/{name}" for name in names)])
-    return whole and all((out / name).read_text() == text for name, text in files.items())
+    return whole and all((out / name).read_text("utf-8") == text for name, text in files.items())
 
 
 def cut(root, out):

@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 
+from common.inspection.listing import at_least
 from common.running.errors import UserError
 from common.running.progress import say
 from common.running.schema import path_argument
@@ -73,18 +74,12 @@ def report(runs, args):
     write_report(runs, args.out, args.probe, args.draws, args.paper)
 
 
-def _count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="./run_grid.sh", description=__doc__)
     parser.add_argument("command", choices=["plan", "run", "status", "report"])
     parser.add_argument("--grid", type=path_argument, default=GRID, metavar="FILE.yaml")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, spread over GPUs")
-    parser.add_argument("--nproc", type=_count, default=1, help="processes (GPUs) a run")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, over all GPUs")
+    parser.add_argument("--nproc", type=at_least(1), default=1, help="processes (GPUs) a run")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--sbatch", default="", metavar="WORDS", help="for sbatch: --sbatch='--gres=gpu:1'"
@@ -99,7 +94,11 @@ def main(argv=None):
         "--probe", choices=list(LOGITS), default="online", help="report: whose scores"
     )
     parser.add_argument(
-        "--draws", type=_count, default=0, metavar="N", help="report: also draw N real subsets each"
+        "--draws",
+        type=at_least(1),
+        default=0,
+        metavar="N",
+        help="report: draw N real subsets, too",
     )
     parser.add_argument("--paper", action="store_true", help="report: beside the paper's values")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

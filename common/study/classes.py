@@ -6,7 +6,7 @@ import numpy as np
 
 from common.annotations import DEFECT, NORMAL
 from common.metrics import THRESHOLD
-from common.running.errors import ImageError
+from common.running.errors import ImageError, UserError
 from common.store import open_images
 from common.study.figures import panels
 from common.study.grid import annotations
@@ -23,6 +23,8 @@ def samples(data, rng_of):
     splits = [annotations(data.train_csv), annotations(data.val_csv)]
     names, images = ("normal", *splits[1].class_names), open_images(data.image_root, data.packed)
     names = [name for name in names if any(map(len, _of_class(splits, name)))]
+    if not names:
+        raise UserError(f"{data.val_csv}: nothing to show: no image is a normal or of a class")
     across = min(6, len(names))
     figure, axes = panels(-(-len(names) // across) * 2, across, height=1.9)
     for axis in axes.flat:

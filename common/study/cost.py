@@ -7,7 +7,10 @@ from common.running.log import LOG, read_log
 from common.running.progress import clock
 from common.study.grid import state, training_subset
 
-SUPERVISED = "supervised"  # trains on what has a label alone
+
+def labelled_only(run):
+    """Whether a run trains on what has a label alone."""
+    return run.cfg.method == "supervised" and not run.cfg.run.frozen_encoder
 
 
 def cost_key(run):
@@ -19,7 +22,7 @@ def cost_key(run):
 
 def data_key(run):
     """Runs of one key, whatever their seeds, train on as many images an epoch."""
-    data, of_labels = run.cfg.data, run.cfg.method == SUPERVISED
+    data, of_labels = run.cfg.data, labelled_only(run)
     what = data.train_csv, data.train_defect_proportion, data.fraction, data.subset_size
     return *what, data.labels, of_labels
 
@@ -69,7 +72,7 @@ class TimeLeft:
             try:
                 train, rows = training_subset(run)
                 known = train.defect[rows] != UNLABELLED
-                self._images[key] = int(known.sum()) if run.cfg.method == SUPERVISED else len(rows)
+                self._images[key] = int(known.sum()) if labelled_only(run) else len(rows)
             except UserError:
                 return None
         return self._images[key] * run.cfg.optimization.epochs

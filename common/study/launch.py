@@ -176,7 +176,7 @@ def log_path(run):
 def tail(path):
     """The last lines of a log, indented."""
     try:
-        lines = Path(regular(path)).read_text(errors="replace").replace("\r", "\n").splitlines()
+        lines = Path(regular(path)).read_text("utf-8", "replace").replace("\r", "\n").splitlines()
     except OSError:
         return ""
     return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])

@@ -8,11 +8,12 @@ import numpy as np
 from common.label_free import KINDS
 from common.running.config import identity
 from common.running.keyed import MEASURE_DRAWS, keyed_rng
+from common.study.evaluate import interval as interval_of
 from common.study.results import Estimate, flat, settings
 from common.study.table import Table
 from common.study.tables import backbone_name
 
-DRAWS = 500  # of the bootstrap over runs
+DRAWS = 500  # of the bootstrap over settings
 FEWEST = 6  # settings: of fewer a bootstrap finds certainty in what is chance
 RANK_CORRELATIONS = ("Spearman", "Kendall")
 CONTROLS = ("random", "pretrained")  # encoders that were not trained here
@@ -160,7 +161,7 @@ def _of_runs(method, entries, which=""):
     """A row a measure of runs of one method; which: what else they share, then only of views."""
     found = [(m, [m.goodness(e) for e in entries]) for m in MEASURES if m.of_views or not which]
     settings = [getattr(e.run.cfg, "ssl_settings", None) for e in entries]
-    with_sigreg = hasattr(settings[0], "num_slices")  # LeJEPA's loss, and who forks it
+    with_sigreg = all(hasattr(s, "num_slices") for s in settings)  # LeJEPA's, and its forks'
     if with_sigreg and len({s.lambda_ for s in settings}) > 1:
         scaled = Measure(f"training loss / lambda^{SCALED:g}", "log", "loss")
         found.append((scaled, [scaled_loss(e) for e in entries]))
@@ -219,7 +220,7 @@ def rank_correlations(x, y, setting=None, best=None):
             continue
         interval = None, None
         if many >= FEWEST:
-            interval = map(float, np.nanpercentile(correlate(*signs, drawn[:, of]), (2.5, 97.5)))
+            interval = interval_of(correlate(*signs, drawn[:, of]))
         found.append(Estimate(float(whole), *interval, n))
     best = y.max() if best is None else best
     return [*found, float(best - y[x == x.max()].mean()) if n > 1 else None]

@@ -88,7 +88,7 @@ class Page:
         contents = f"{intro}<nav>{' '.join(links)}</nav>"
         body = f"<h1>{html.escape(title)}</h1>" + "\n".join([contents, *parts])
         path = self.folder / "index.html"
-        path.write_text(f"<!doctype html><html lang=en>{head}<body>{body}</body></html>\n")
+        path.write_text(f"<!doctype html><html lang=en>{head}<body>{body}</body></html>\n", "utf-8")
         return path
 
 
@@ -243,8 +243,8 @@ def _choice_steps(page, entries, name="label_free"):
             f"{name}_correlations",
             f"{table.title}: the picture",
             "Rank correlation of each measure, turned so that more should be better, with average "
-            "precision by the probe on fixed labels; lines: 95 % of bootstrap samples of runs. In "
-            "brackets what a measure needs. An interval across 0, or none, tells nothing.",
+            "precision by the probe on fixed labels; lines: 95 % of bootstrap samples of settings. "
+            "In brackets what a measure needs. An interval across 0, or none, tells nothing.",
             correlations(table.rows),
         )
     yield lambda: page.add_table(table)

@@ -82,10 +82,14 @@ class Finished:
         return [r for r in self._log if r["kind"] == "epoch" and "label_free_n" in r]
 
     def diagnostics(self):
-        """A method's own numbers, means over the last epoch's log, {} where it has none."""
+        """A method's own numbers, means over the last epoch's log, {} where it has none.
+
+        What was not finite, as under a gradient scaler, does not count; None where nothing was.
+        """
         steps = [r for r in self._log if r["kind"] == "step"]
         last = [r.get("diagnostics", {}) for r in steps if r["epoch"] == steps[-1]["epoch"]]
-        return {k: float(np.mean([d[k] for d in last])) for k in (last[-1] if last else {})}
+        found = {k: [d[k] for d in last if d[k] is not None] for k in (last[-1] if last else {})}
+        return {k: float(np.mean(of)) if of else None for k, of in found.items()}
 
     def class_counts(self):
         """{class: defects of it in its training subset}, {} where its images are not known."""
@@ -210,8 +214,9 @@ def difference(entries, others, metric):
     both = [(a, b) for a, b in pairs if None not in (a.at()[metric], b.at()[metric])]
     values = [a.at()[metric] - b.at()[metric] for a, b in both]
     if len(values) == 1:
-        a, b = both[0]
-        return Estimate(values[0], *interval(a.resampled(metric) - b.resampled(metric)), 1)
+        a, b = (e.resampled(metric) for e in both[0])
+        unknown = a is None or b is None  # without normals, or defects, to draw
+        return Estimate(values[0], *((None, None) if unknown else interval(a - b)), 1)
     return _over_seeds(values) if values else None
 
 

@@ -65,7 +65,8 @@ def submit(runs, jobs, command, extra):
             here=shlex.quote(str(Path.cwd())),
             command=shlex.join(command),
             stopped=STOPPED,
-        )
+        ),
+        "utf-8",
     )
     # Not in the script, where Slurm's own rules of quoting hold.
     output = f"--output={str(logs).replace('%', '%%')}/slurm_%A_%a.log"

@@ -1,15 +1,17 @@
 """Odd and forged files and names in a study: each is named, and the rest goes on."""
 
+import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_set
+from conftest import ROOT, read_yaml, write_set
 from small import make_up
 
+from common.metrics import all_scores
 from common.running.errors import UserError
-from common.running.folder import read_json
+from common.running.folder import read_json, write_json
 from common.running.log import read_log
 from common.running.progress import write_error
 from common.study.evaluate import load_scores
@@ -74,6 +76,64 @@ def test_a_broken_run_is_named_and_the_others_are_reported(case, tiny_set, tmp_p
     assert len(finished) == len(runs) - 1 and list(missing) == [runs[0].name]
     assert str(runs[0].folder / name) in missing[runs[0].name]
     assert "finished" not in missing[runs[0].name].split(":")[0]
+
+
+def only_defects(label):
+    return np.ones_like(label)
+
+
+def no_label(label):
+    return np.full_like(label, -1)
+
+
+@pytest.mark.parametrize("of", [only_defects, no_label])
+def test_validation_of_one_kind_or_none_is_reported(of, tmp_path):
+    """What cannot be known is left out; the page is made."""
+    words = write_set(tmp_path / "set")
+    for name in ("train", "val"):
+        path = tmp_path / f"set/{name}.csv"
+        header, *lines = path.read_text().splitlines()
+        cells = ",0,0,0,1" if of is only_defects else ",,,,"
+        lines = [line.split(",")[0] + cells for line in lines]
+        path.write_text("\n".join([header, *lines]) + "\n")
+    runs = runs_of(tmp_path, words, "null")
+    for run in runs:
+        path = run.folder / "val_scores.npz"
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        classes, names = np.zeros_like(arrays["classes"]), [str(n) for n in arrays["class_names"]]
+        label = of(arrays["label"])
+        np.savez(path, **arrays | {"label": label, "classes": classes})
+        scores = all_scores(arrays["logit"], label, classes, names)
+        result = read_json(run.folder / "result.json")
+        splits = "train", "val", "val_offline", "val_offline_fixed"
+        write_json(run.folder / "result.json", result | dict.fromkeys(splits, scores))
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert f"{len(runs)} of {len(runs)} runs" in page
+    assert (tmp_path / "report/performance_val.csv").exists()
+
+
+@pytest.mark.parametrize("first", ["lejepa", "simclr"])
+def test_the_order_of_methods_in_a_grid_is_free(first, tiny_set, tmp_path):
+    grid = read_yaml(ROOT / "configs/grid/label_free.yaml")
+    grid["groups"] = dict(sorted(grid["groups"].items(), key=lambda g: first not in g[0]))
+    (tmp_path / "g.yaml").write_text(json.dumps(grid))
+    runs = read_grid(tmp_path / "g.yaml", [*tiny_set, f"run.output_dir={tmp_path / 'runs'}"])
+    assert runs[0].cfg.method == first
+    for i, run in enumerate(runs):
+        make_up(run, np.random.default_rng(i))
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "24 of 24 runs" in page and "<td>pooled" in page
+
+
+def test_a_number_that_overflowed_does_not_count(tiny_set, tmp_path):
+    run = runs_of(tmp_path, tiny_set)[0]
+    with open(run.folder / "log.jsonl", "a") as log:
+        for a, b in ((None, None), (1.0, None), (2.0, None)):
+            record = {"kind": "step", "epoch": 9, "diagnostics": {"a": a, "b": b}}
+            log.write(json.dumps(record) + "\n")
+    (entry,) = collect([run])[0]
+    assert entry.diagnostics() == {"a": 1.5, "b": None}
 
 
 def test_readers_of_odd_files(tmp_path):
