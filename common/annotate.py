@@ -22,14 +22,14 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common.inspection.listing import list_images, must_be_new, share
+from common.inspection.listing import list_images, must_be_new
 from common.inspection.marks import fill, write_csv
 from common.inspection.shortcuts import check
 from common.label_table import NOT_CLASSES, normal_name
+from common.running.arguments import path_argument, share
 from common.running.errors import SHOWN, UserError, regular
 from common.running.process import entry_point
 from common.running.progress import Progress, say, write_error
-from common.running.schema import path_argument
 
 NORMAL_NAMES = ("normal", "normals", "good", "ok", "free", "no_defect", "nodefect", "defect_free")
 TRAIN, VAL = "train.csv", "val.csv"

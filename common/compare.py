@@ -23,11 +23,11 @@ from common.metrics import METRICS, all_scores, without_values
 from common.normal_only import NAMES, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
+from common.running.arguments import path_argument
 from common.running.errors import UserError
 from common.running.folder import SCORES, read_arrays
 from common.running.process import entry_point
 from common.running.progress import Progress
-from common.running.schema import path_argument
 from common.running.standing import read_result
 from common.running.weights import trained_config
 from common.sampler import keep_labels

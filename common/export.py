@@ -24,11 +24,11 @@ from common.backbones import TIMM
 from common.inspection.listing import must_be_new
 from common.inspection.trained import Trained
 from common.normal_only import NAMES
+from common.running.arguments import path_argument
 from common.running.errors import UserError
 from common.running.folder import write_atomically
 from common.running.process import entry_point
 from common.running.progress import say
-from common.running.schema import path_argument
 
 ENCODER, PROBE, CARD, ONNX = "encoder.safetensors", "probe.safetensors", "README.md", "model.onnx"
 TOLERANCE = 1e-4  # of ONNX against torch, of the largest value

@@ -28,13 +28,12 @@ from common.annotations import read_annotations
 from common.augmentations import resize
 from common.data import batches, cores, make_loader
 from common.images import ImageFolder
-from common.inspection.listing import at_least
+from common.running.arguments import at_least, path_argument
 from common.running.errors import ImageError, UserError
 from common.running.faults import explain
 from common.running.folder import read_json, write_json
 from common.running.process import entry_point
 from common.running.progress import Progress, clock, say, write_error
-from common.running.schema import path_argument
 from common.running.standing import try_lock
 from common.store import FORMAT, IMAGES, INDEX, NAMES, RECORD, SETTINGS, index_hash
 

@@ -24,14 +24,14 @@ from common.augmentations import ColorJitterNormalize, resize_squash
 from common.data import batches, cores, make_loader
 from common.distributed import mixed_precision, to_device
 from common.images import ImageFolder
-from common.inspection.listing import at_least, list_images, must_be_new, share
+from common.inspection.listing import list_images, must_be_new
 from common.inspection.scores_file import Part, files_hash, line_of, sidecar, write_scores
 from common.inspection.trained import Scorer, Trained
 from common.label_table import normal_name
+from common.running.arguments import at_least, path_argument, share
 from common.running.errors import ImageError, UserError
 from common.running.process import Stopped, StopSignal, entry_point, start_process
 from common.running.progress import Progress, say, write_error
-from common.running.schema import path_argument
 
 AT_ONCE = 64  # images
 SHOWN = 20  # unreadable images in the terminal

@@ -22,13 +22,13 @@ from PIL import Image
 
 from common.annotations import UNLABELLED, read_annotations
 from common.images import ImageFolder
-from common.inspection.listing import at_least, must_be_new
+from common.inspection.listing import must_be_new
 from common.inspection.scores_file import UNREADABLE, read_scores
+from common.running.arguments import at_least, path_argument
 from common.running.errors import ImageError, UserError
 from common.running.folder import write_atomically
 from common.running.process import entry_point
 from common.running.progress import Progress, write_error
-from common.running.schema import path_argument
 
 TEMPLATE = Path(__file__).parent / "inspection" / "review.html"
 PIXELS, QUALITY = 320, 80  # longest side and JPEG quality of a picture on the page

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from common.data import cores
+from common.running.arguments import path_argument
 from common.running.folder import write_atomically
 from common.running.progress import Progress
-from common.running.schema import path_argument
 from common.sets.sewer_frame import CLASSES, render
 
 VERSION = 1  # raise it when the same arguments would give other images

@@ -1,6 +1,5 @@
-"""What a command line names: image files, folders, the names of a CSV; and shares."""
+"""What a command line names: image files, folders, the names of a CSV."""
 
-import argparse
 import csv
 import os
 from typing import NamedTuple
@@ -18,26 +17,6 @@ def must_be_new(paths, force):
     there = [str(path) for path in paths if os.path.exists(path)]
     if there and not force:
         raise UserError(f"{', '.join(there)}: there already; --force overwrites")
-
-
-def share(text):
-    """A number inside 0 to 1 of a command line, for argparse."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number inside 0 to 1, got {text}")
-    return value
-
-
-def at_least(least):
-    """A whole number of a command line, for argparse."""
-
-    def whole(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
-        return value
-
-    return whole
 
 
 class Listing(NamedTuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.running.arguments import path_argument
 from common.running.errors import ConfigError, listed
 from common.running.schema import (
     Count,
@@ -22,7 +23,6 @@ from common.running.schema import (
     Share,
     build,
     parse_override,
-    path_argument,
     read_yaml,
 )
 

@@ -5,7 +5,6 @@ aliases and tags are refused, so a file cannot run code, and cannot grow when it
 it may hold a control character: it may become a path, a name or a line of a script.
 """
 
-import argparse
 import copy
 import dataclasses
 import difflib
@@ -150,13 +149,6 @@ def parse_override(override):
         told = str(error).replace(mark, "#").replace(repr(mark)[1:-1], "#")
         raise ConfigError(told) from None
     return key, json.loads(json.dumps(value, ensure_ascii=False).replace(mark, "#"))
-
-
-def path_argument(text):
-    """A path of a command line, for argparse: `~` is expanded, control characters are refused."""
-    if CONTROL.search(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} {NO_CONTROL}")
-    return os.path.expanduser(text)
 
 
 def read_yaml(path):

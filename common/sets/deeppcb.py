@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 from common.images import open_image
+from common.running.arguments import path_argument
 from common.running.errors import UserError
 from common.running.faults import explain
 from common.running.folder import write_atomically
 from common.running.process import entry_point
 from common.running.progress import Progress
-from common.running.schema import path_argument
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pinhole")  # types 1 to 6
 HEADER = ("Filename", *CLASSES, "Defect", "group")

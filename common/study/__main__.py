@@ -8,10 +8,9 @@ from collections import Counter
 
 import torch
 
-from common.inspection.listing import at_least
+from common.running.arguments import at_least, path_argument
 from common.running.errors import UserError
 from common.running.progress import say
-from common.running.schema import path_argument
 from common.study.cost import TimeLeft
 from common.study.evaluate import LOGITS
 from common.study.grid import read_grid, state
