@@ -139,7 +139,7 @@ def write_report(runs, folder, probe="online", draws=0, paper=False):
         try:
             step()
         except UserError as error:  # of the images or annotations: they may be elsewhere
-            page.add_text("A part that could not be made", str(error))
+            page.add_text("A part that could not be made", f"It shows images or labels. {error}")
         progress.update()
     progress.close()
     if missing:
