@@ -305,7 +305,12 @@ def test_augmentations_and_classes_are_drawn_where_they_belong(complete):
 def test_an_incomplete_or_broken_grid_gives_what_is_there_and_names_the_gaps(tmp_path, tiny_set):
     runs = paper_runs(tmp_path, tiny_set, "data.train_defect_proportion=0.45")
     runs = [run for run in runs if set(run.groups) & {"methods", "random"}]
-    with pytest.raises(UserError, match="no run of this grid"):
+    with pytest.raises(UserError, match="no run of this grid is finished:$"):
+        write_report(runs, tmp_path / "report")
+    elsewhere = paper_runs(tmp_path, tiny_set, "optimization.epochs=11")[:2]
+    for run in elsewhere:
+        make_up(run, RNG)
+    with pytest.raises(UserError, match=f"{tmp_path / 'runs'}: 2 finished runs of other settings"):
         write_report(runs, tmp_path / "report")
     for run in runs[:8]:
         make_up(run, np.random.default_rng(1))

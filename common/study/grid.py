@@ -157,6 +157,16 @@ def state(run):
     return at, why
 
 
+def others_there(runs):
+    """{folder: how many finished runs of other settings it holds}: why those of a grid are not."""
+    own, found = {run.folder for run in runs}, {}
+    for folder in sorted({run.folder.parent for run in runs}):
+        n = len({path.parent for path in folder.glob(f"*/{RESULT}")} - own)
+        if n:
+            found[f"{folder}"] = f"{n} finished runs of other settings (where data lie counts)"
+    return found
+
+
 def is_held(path):
     """Whether another process holds the lock file."""
     try:

@@ -16,7 +16,7 @@ from common.running.log import LOG, read_log
 from common.running.standing import read_result
 from common.scoring import PREVALENCES
 from common.study.evaluate import interval, load_scores, resample
-from common.study.grid import GridRun, state, training_subset
+from common.study.grid import GridRun, others_there, state, training_subset
 
 PAPER = Path(__file__).with_name("paper_values.csv")
 DRAWS = 100  # of the bootstrap
@@ -119,7 +119,7 @@ def collect(runs, probe="online"):
             missing[run.name] = str(error)
         except (OSError, ValueError, KeyError, TypeError) as error:
             missing[run.name] = f"{run.folder} is damaged ({type(error).__name__}: {error})"
-    return finished, missing
+    return finished, missing if finished else missing | others_there(runs)
 
 
 def with_variants(finished, but=()):
