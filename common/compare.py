@@ -19,13 +19,14 @@ import torch
 
 from common.annotations import read_annotations
 from common.inspection.shortcuts import THUMBNAIL, thumbnail
+from common.inspection.trained import read_arrays
 from common.metrics import METRICS, all_scores, without_values
 from common.normal_only import NAMES, NormalReference, normal_only_scores, reference_rows
 from common.offline_probe import apply_probe, fits, offline_probe
 from common.probe import pos_weight
 from common.running.arguments import path_argument
 from common.running.errors import UserError
-from common.running.folder import SCORES, read_arrays
+from common.running.folder import SCORES
 from common.running.process import entry_point
 from common.running.progress import Progress
 from common.running.standing import read_result

@@ -133,7 +133,7 @@ def uniformity(z):
     return float(distances.square().mul(-2).exp().mean().log())
 
 
-def sigreg(z, num_slices=NUM_SLICES):
+def sigreg(z):
     """The SIGReg statistic (arXiv:2511.08544) of standardised z, (n, D): how far from N(0, I).
 
     About .5 for n draws of one, and growing with n the further from it; directions are fixed.
@@ -141,7 +141,7 @@ def sigreg(z, num_slices=NUM_SLICES):
     z = z.double()
     z = z - z.mean(dim=0)
     z = z / z.std(dim=0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-    slices = torch.from_numpy(keyed_rng(SLICES).standard_normal((num_slices, z.shape[1])))
+    slices = torch.from_numpy(keyed_rng(SLICES).standard_normal((NUM_SLICES, z.shape[1])))
     t = torch.linspace(0, LAST_KNOT, KNOTS, dtype=z.dtype)
     gauss = torch.exp(-t.square() / 2)
     total = 0.0
@@ -149,7 +149,7 @@ def sigreg(z, num_slices=NUM_SLICES):
         angles = (z @ some.T)[..., None] * t  # (n, slices, knots)
         error = (angles.cos().mean(dim=0) - gauss).square() + angles.sin().mean(dim=0).square()
         total += float(2 * torch.trapezoid(error * gauss, t).sum())
-    return len(z) * total / num_slices
+    return len(z) * total / NUM_SLICES
 
 
 def of_views(features, embeddings):

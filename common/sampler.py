@@ -1,6 +1,6 @@
 """Subsets with a given defect proportion, and the batch sampler that resumes and distributes.
 
-Both are pure functions of their arguments: no state is kept, so nothing has to be restored.
+Both are functions of seed, epoch and step: no state has to be restored.
 
 Deviation: train set size: it shrinks with the proportion, as the study's; subset_size fixes it.
 """
@@ -111,7 +111,7 @@ class EpochSampler:
 
     Step s of an epoch takes positions s * batch_size to (s + 1) * batch_size of one permutation;
     rank r takes its r-th part. The incomplete last batch is dropped: no row is twice in a batch.
-    Use it as a DataLoader's batch_sampler and call `start` before each epoch.
+    Use it as a DataLoader's batch_sampler and call `start` before each iteration over that.
     """
 
     def __init__(self, rows, batch_size, seed, rank=0, world_size=1):

@@ -137,10 +137,11 @@ class Scoring:
     def _fixed_views(self, model, loss_of):
         """Augmented views of the first VIEW_IMAGES fixed rows of val, in eval mode.
 
-        Drawn as in training, over as many epochs as give VIEWS or more, whatever the batches and
-        ranks. Returns (features (V, n, D), embeddings (V, n, K)), and the mean of the method's loss
-        over whole batches of the run's size (one of all images, where they are fewer), or None. n
-        is 0 where there is no image for each rank.
+        Drawn as in training, over as many epochs as give VIEWS or more, whatever the batches. Each
+        rank has as many rows, so that a few are left out where they do not divide. Returns
+        (features (V, n, D), embeddings (V, n, K)), and the mean of the method's loss over whole
+        batches of the run's size (one of all images, where they are fewer), or None. n is 0 where
+        there is no image for each rank.
         """
         loader, rows = self.val_loader, fixed_rows(len(self.val), VIEW_IMAGES)
         crops = copy.copy(self.crops)
@@ -227,13 +228,3 @@ def fixed_rows(n, most):
     Fewer are a part of more.
     """
     return np.sort(keyed_rng(FEATURE_ROWS, n).permutation(n)[:most])
-
-
-def summary(result):
-    """The validation scores of a result in a few words."""
-    parts = []
-    for name, label in (("val", "online probe"), ("val_offline", "offline probe")):
-        scores = result[name]
-        if scores.get("auroc") is not None:
-            parts.append(f"{label} F1 {scores['f1']:.3f}, AUROC {scores['auroc']:.3f}")
-    return "; ".join(parts) or "without a defect or a normal to score"

@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as T
 
 import lejepa
 from common.augmentations import MEAN, STD
+from common.inspection.trained import trained_encoder
 from common.probe import LinearProbe
 from common.running.checkpoint import read_checkpoint
 from common.running.folder import read_json
 from common.running.run import Run
-from common.running.weights import trained_encoder
 from common.scoring import PREVALENCES, Scoring, fixed_rows
 
 pytestmark = pytest.mark.usefixtures("narrow")

@@ -3,19 +3,42 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from common.backbones import build_backbone
 from common.inspection.operating_point import Held
 from common.normal_only import REFERENCE, NormalReference
 from common.offline_probe import apply_probe
-from common.running.errors import UserError
-from common.running.folder import SCORES, read_arrays
+from common.running.errors import UserError, regular
+from common.running.folder import SCORES
 from common.running.standing import read_result
-from common.running.weights import trained_encoder
+from common.running.weights import trained_config, trained_weights
 from common.scoring import OFFLINE_PROBE
 
 PROBES = ("offline", "offline_fixed")  # the first that the run has
 KNN = "knn"
+
+
+def read_arrays(path):
+    """{name: array} of an .npz file. Raises UserError naming it, whatever it holds."""
+    try:
+        with np.load(regular(path)) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # of damaged or forged bytes anything may be raised
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({why})") from None
+
+
+def trained_encoder(folder):
+    """(encoder in eval mode, (B, 3, S, S) -> features (B, D); config; the checkpoint's sha256)."""
+    config, (weights, sha) = trained_config(folder), trained_weights(folder)
+    size, vit = config["data"]["image_size"], (config.get("patch_size"), config.get("num_heads"))
+    encoder, _ = build_backbone(config["backbone"], size, *vit)
+    encoder.load_state_dict(weights)
+    if (config.get("ssl_settings") or {}).get("features") == "mean_of_patches":
+        encoder.global_pool = "avg"  # timm's name for it: without the class token
+    return encoder.eval(), config, sha
 
 
 class Trained:

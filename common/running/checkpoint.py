@@ -41,7 +41,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     scores: RunningScores = field(init=False)  # of the current epoch
     loss_sum: float | torch.Tensor = 0.0  # over the current epoch's steps, of this rank
-    loss_steps: int | torch.Tensor = 0  # that are in that sum: those with a finite loss
+    loss_steps: int | torch.Tensor = 0  # in that sum: under a scaler those with a finite loss
     train_scores: dict | None = None  # of the last whole epoch
     skipped_steps: int = 0  # of the whole run, by the scaler
     skipped_in_a_row: int = 0  # until now

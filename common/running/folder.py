@@ -16,21 +16,11 @@ import yaml
 
 from common.annotations import DEFECT, NORMAL, UNLABELLED
 from common.running.checkpoint import LAST, PREVIOUS
-from common.running.errors import UserError, regular
+from common.running.errors import regular
 from common.running.schema import StrictLoader
 
 CONFIG, STATUS, RESULT = "config.yaml", "status.json", "result.json"
 PROVENANCE, LOCK, SCORES = "provenance.json", "lock", "val_scores.npz"
-
-
-def read_arrays(path):
-    """{name: array} of an .npz file. Raises UserError naming it, whatever it holds."""
-    try:
-        with np.load(regular(path)) as stored:
-            return {name: stored[name] for name in stored.files}
-    except Exception as error:  # of damaged or forged bytes anything may be raised
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{path}: cannot be read ({why})") from None
 
 
 @contextlib.contextmanager
@@ -73,10 +63,10 @@ def read_json(path):
     return content if isinstance(content, dict) else None
 
 
-def write_status(folder, state, why=None, retryable=None, **more):
+def write_status(folder, state, why=None, retryable=None):
     """state: running, preempted, failed or finished."""
     content = {"state": state, "why": why, "retryable": retryable}
-    content |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), **more}
+    content |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}
     write_json(Path(folder) / STATUS, {k: v for k, v in content.items() if v is not None})
 
 

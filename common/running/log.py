@@ -49,13 +49,11 @@ def epoch_record(loss, scores):
     return record
 
 
-def epoch_line(loss, scores):
+def in_words(scores):
     """The same in a few words."""
-    shown = ["no finite loss" if loss is None else f"loss {loss:.4f}"]
-    for name, values in scores.items():
-        if values is not None and values["auroc"] is not None:
-            shown.append(f"{name} F1 {values['f1']:.3f} AUROC {values['auroc']:.3f}")
-    return ", ".join(shown)
+    known = {k: of for k, of in scores.items() if of is not None and of["auroc"] is not None}
+    shown = [f"{k} F1 {of['f1']:.3f} AUROC {of['auroc']:.3f}" for k, of in known.items()]
+    return ", ".join(shown) or "nothing to score"
 
 
 class _Board:

@@ -16,7 +16,7 @@ SMALLEST_SCALE = 1.0  # below it gradients would overflow unscaled, too
 
 
 class OverflowGuard:
-    """Does nothing without an enabled scaler. state: a TrainState; it keeps the counts."""
+    """Without an enabled scaler it only sums the loss. state: a TrainState; it keeps the counts."""
 
     def __init__(self, state):
         self.state, self.enabled = state, state.scaler.is_enabled()

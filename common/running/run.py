@@ -14,7 +14,7 @@ from common.rankme import embedding_std, is_collapsed
 from common.running import checkpoint, provenance, standing
 from common.running import folder as files
 from common.running.config import identity, method_name, run_name
-from common.running.log import RunLog, epoch_line, epoch_record, none_for_nan
+from common.running.log import RunLog, epoch_record, in_words, none_for_nan
 from common.running.overflow import OverflowGuard
 from common.running.process import (
     Finished,
@@ -26,7 +26,6 @@ from common.running.process import (
 )
 from common.running.progress import Progress, Stopwatch, clock, say
 from common.running.weights import init_encoder
-from common.scoring import summary
 
 
 class Run:
@@ -194,7 +193,8 @@ class Run:
         self._write("epoch", epoch_record(loss, {**scores, "label_free": label_free}))
         self.epochs_done += 1
         epochs = f"epoch {self.epochs_done}/{self.cfg.optimization.epochs}"
-        say(f"{epochs}: {epoch_line(loss, scores)}, {clock(self._watch.seconds())}")
+        epochs += ": no finite loss" if loss is None else f": loss {loss:.4f}"
+        say(f"{epochs}, {in_words(scores)}, {clock(self._watch.seconds())}")
         state.start_epoch(train)
         self._save(state)
 
@@ -243,6 +243,7 @@ class Run:
             self.log.close()
             files.write_json(self.folder / files.RESULT, content)
             files.write_status(self.folder, "finished")
-            say(f"{self.folder / files.RESULT}: validation {summary(content)}")
+            shown = {"online probe": result["val"], "offline probe": result["val_offline"]}
+            say(f"{self.folder / files.RESULT}: validation: {in_words(shown)}")
         if self.world_size > 1:
             dist.barrier()

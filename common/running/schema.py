@@ -1,6 +1,7 @@
 """Strict YAML, and the check of what it holds against the types of a dataclass.
 
-YAML is read by the 1.2 core rules: `1e-3` is a number, `010` and `yes` are text. Repeated keys,
+Of YAML's scalars true, false, null and decimal numbers such as `1e-3` are read as what they say,
+all others, `010`, `yes` and `0x1F` too, are text. Repeated keys,
 aliases and tags are refused, so a file cannot run code, and cannot grow when it is read. No text of
 it may hold a control character: it may become a path, a name or a line of a script.
 """
@@ -56,7 +57,7 @@ Momentum = Annotated[float, Range(0, 0.9999)]
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 core scalars, no aliases, no tags, no repeated keys."""
+    """SafeLoader with few kinds of scalars, no aliases, no tags, no repeated keys."""
 
     yaml_implicit_resolvers: dict = {}
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
-from common.backbones import build_backbone
 from common.running.checkpoint import LAST, read_checkpoint
 from common.running.errors import UserError, regular, some
 from common.running.folder import CONFIG
@@ -45,17 +44,6 @@ def trained_weights(folder):
     if not own:
         raise UserError(f"{path}: its model has no `{BACKBONE[:-1]}`")
     return own, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def trained_encoder(folder):
-    """(encoder in eval mode, (B, 3, S, S) -> features (B, D); config; the checkpoint's sha256)."""
-    config, (weights, sha) = trained_config(folder), trained_weights(folder)
-    size, vit = config["data"]["image_size"], (config.get("patch_size"), config.get("num_heads"))
-    encoder, _ = build_backbone(config["backbone"], size, *vit)
-    encoder.load_state_dict(weights)
-    if (config.get("ssl_settings") or {}).get("features") == "mean_of_patches":
-        encoder.global_pool = "avg"  # timm's name for it: without the class token
-    return encoder.eval(), config, sha
 
 
 def weights_file(path):
