@@ -1,6 +1,7 @@
-"""Every score in a sentence about a study stands in a table that its kept results give."""
+"""Every score in a sentence about a study stands in its kept results or a table of them."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -63,6 +64,18 @@ def tables_of(folder):
     return rows
 
 
+def results_in(folder):
+    """The same of what each run scored by itself."""
+    rows = []
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        scores = [result[key] for key in ("train", "val_offline", "val_offline_fixed")]
+        scores += [of for of in result["val_normal_only"].values() if isinstance(of, dict)]
+        numbers = [n for of in scores for n in of.values() if isinstance(n, float)]
+        rows.append((result["method"], numbers))
+    return rows
+
+
 def unfounded(text, rows):
     """Scores of a text that stand in no row about what the sentence names; a sign may be turned."""
     found = []
@@ -79,15 +92,18 @@ def unfounded(text, rows):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """{grid: the rows of its report}."""
+    """{grid: the rows of its runs and of its reports}."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         for grid in {grid for _, _, grid in PLACES}:
-            folder = tmp_path_factory.mktemp(grid)
-            kept = [f"run.output_dir=docs/results/{grid}"]
-            write_report(read_grid(f"configs/grid/{grid}.yaml", kept), folder, probe="offline")
-            found[grid] = tables_of(folder)
+            kept = f"docs/results/{grid}"
+            runs = read_grid(f"configs/grid/{grid}.yaml", [f"run.output_dir={kept}"])
+            found[grid] = results_in(ROOT / kept)
+            for probe in ("offline", "offline_fixed"):
+                folder = tmp_path_factory.mktemp(probe)
+                write_report(runs, folder, probe=probe)
+                found[grid] += tables_of(folder)
     return found
 
 
