@@ -111,7 +111,7 @@ class EpochSampler:
 
     Step s of an epoch takes positions s * batch_size to (s + 1) * batch_size of one permutation;
     rank r takes its r-th part. The incomplete last batch is dropped: no row is twice in a batch.
-    Use it as a DataLoader's batch_sampler and call `start` before each iteration over that.
+    Use it as a DataLoader's batch_sampler; call `start` before iterating over that.
     """
 
     def __init__(self, rows, batch_size, seed, rank=0, world_size=1):
