@@ -16,7 +16,7 @@ import yaml
 from conftest import PATIENCE, ROOT, TINY
 from small import HEAD, PAIRS, make_up
 
-from common.running.config import load_config
+from common.running.config import load_config, method_name
 from common.running.errors import ConfigError
 from common.running.folder import read_json, write_json
 from common.study import launch
@@ -78,13 +78,18 @@ def test_the_mini_grid_has_the_papers_shape():
 def test_the_grid_of_boards_has_every_method_and_a_control_of_each_backbone():
     runs = read_grid(ROOT / "configs/grid/boards.yaml")
     on = {b: [r for r in runs if r.cfg.backbone == b] for b in ("resnet18", "vit_tiny")}
-    assert {k: len(of) for k, of in on.items()} == {"resnet18": 14, "vit_tiny": 6}
+    first = {k: sum(r.cfg.seed == 42 for r in of) for k, of in on.items()}
+    assert first == {"resnet18": 14, "vit_tiny": 6} and len(runs) == 46
     trained = {r.cfg.method for r in on["resnet18"] if not r.cfg.run.frozen_encoder}
     assert trained == {m for m, b in PAIRS if b == "resnet18"}
     assert all(any(r.cfg.run.frozen_encoder for r in of) for of in on.values())
     assert {r.cfg.data.subset_size for r in runs} == {6000}
     simclr = [r for r in on["vit_tiny"] if r.cfg.method == "simclr"]
     assert {r.cfg.optimization.optimizer for r in simclr} == {"adamw", "lars"}
+    at = (0.05, "resnet18")
+    few = [r.cfg for r in runs if (r.cfg.data.train_defect_proportion, r.cfg.backbone) == at]
+    seeds = Counter(method_name(cfg) for cfg in few)
+    assert seeds["simclr"] == seeds["supervised"] == seeds["random"] == 5  # which are compared
 
 
 def test_the_label_free_grid_has_twelve_runs_a_method_at_one_proportion():
