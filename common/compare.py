@@ -44,6 +44,7 @@ SHOWN = (
 )
 OF = {"own": "", "fixed": ", fixed labels", "knn": ", knn", "mahalanobis": ", Mahalanobis"}
 LABELS = [METRICS[key] + OF[which] for which, key in SHOWN]
+WIDTH = max(map(len, LABELS)) + 2  # of a column
 FROZEN = {"random": "random encoder", "pretrained": "pretrained encoder"}  # methods in print
 DEFECT_COLOUR, NORMAL_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind too
 COLUMNS = 8  # images of a strip
@@ -143,10 +144,10 @@ def table(entries, val):
     """The entries as text, a line each."""
     n, n_defect = (val["label"] >= 0).sum(), (val["label"] == 1).sum()
     lines = [f"validation: {n} labelled images, {n_defect} defects ({n_defect / max(n, 1):.1%})"]
-    lines.append(f"{'':28}" + "".join(f"{label:>19}" for label in LABELS))
+    lines.append(f"{'':28}" + "".join(f"{label:>{WIDTH}}" for label in LABELS))
     for entry in entries:
         values = (entry.score(*shown) for shown in SHOWN)
-        cells = "".join(f"{'-':>19}" if v is None else f"{v:19.3f}" for v in values)
+        cells = "".join(f"{'-':>{WIDTH}}" if v is None else f"{v:{WIDTH}.3f}" for v in values)
         lines.append(f"{entry.name:28}{cells}")
     return "\n".join(lines)
 

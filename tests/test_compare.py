@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -6,7 +7,7 @@ from conftest import TINY, write_set
 from PIL import Image
 from small import run
 
-from common.compare import SHOWN, collect, main, table
+from common.compare import LABELS, SHOWN, collect, main, table
 from common.running.errors import UserError
 from common.running.folder import read_json
 
@@ -44,6 +45,7 @@ def test_the_table_has_the_floors_and_every_run(runs):
     text = table(entries, val)
     last = [f"{entries[-1].score(*shown):.3f}" for shown in SHOWN]
     assert text.splitlines()[-1].split()[-len(SHOWN) :] == last
+    assert re.split(r"  +", text.splitlines()[1].strip()) == LABELS
     assert "24 labelled images, 8 defects" in text and len(text.splitlines()) == 6
 
 
