@@ -150,7 +150,7 @@ class Scoring:
         if not share:
             return [torch.zeros(VIEWS, 0, 1)] * 2, None
         rows = rows[self.rank * share :][:share].tolist()
-        size, epochs = max(min(loader.batch_size, share), 1), range(-(-VIEWS // crops.num_views))
+        size, epochs = min(loader.batch_size, share), range(-(-VIEWS // crops.num_views))
         parts = [rows[at : at + size] for at in range(0, share, size)]
         keys = [[(epoch, row) for row in part] for part in parts for epoch in epochs]
         images = TrainImages(loader.dataset.images, self.val, crops)

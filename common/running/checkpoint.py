@@ -25,10 +25,8 @@ from common.running.errors import REMEDY, UserError, listed, regular
 FORMAT = 3  # 3: images are resized by torch; loss_sum of each rank
 LAST, PREVIOUS = "last.pt", "prev.pt"
 # What exFAT, cloud drives and network shares answer to a call that they do not have.
-NOT_SUPPORTED = {
-    getattr(errno, name) for name in ("EPERM", "EACCES", "ENOSYS", "ENOTSUP", "EINVAL")
-}
-NOT_SUPPORTED |= {getattr(errno, name) for name in ("EOPNOTSUPP", "EMLINK", "EXDEV", "ENOTTY")}
+NOT_SUPPORTED = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+NOT_SUPPORTED |= {errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOTTY}
 
 
 @dataclass
